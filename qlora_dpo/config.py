@@ -1,0 +1,369 @@
+"""The options of every command: frozen dataclasses whose help is the docstring under each field.
+
+A name that `transformers.TrainingArguments` or `BitsAndBytesConfig` has keeps its meaning and unit. Only the
+workflow functions (`train`, `merge`, ...) see these objects; everything below them takes plain arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_dpo.errors import UsageError
+
+
+class Names(tuple[str, ...]):
+    """A list of names; on the command line `a b` or `a,b`, in YAML a list or one string."""
+
+    def __new__(cls, value: str | list[str] | tuple[str, ...] = ()) -> Names:
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        return super().__new__(cls, (str(part) for part in parts))
+
+
+class Numbers(tuple[float, ...]):
+    """A list of numbers; on the command line `1 0.2` or `1,0.2`, in YAML a list or one number."""
+
+    def __new__(cls, value: str | float | list[float] | tuple[float, ...] = ()) -> Numbers:
+        if isinstance(value, int | float):
+            value = [value]
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        return super().__new__(cls, (float(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model: the base, how it is quantized, and what it is compared with."""
+
+    model_name_or_path: str | None = None
+    """Base model: a local folder or a Hub id. Without it and without --dataset the embedded demo runs."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a Hub model."""
+    reference_model: str | None = None
+    """Folder of a frozen SFT adapter that is both the start of the policy and the reference.
+    Default: the base with the adapter off. Never a second model."""
+    load_in_4bit: bool = True
+    """Quantize the base to 4 bit (NF4). `false` keeps it in --dtype."""
+    load_in_8bit: bool = False
+    """Quantize the base to 8 bit instead of 4."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type (QLoRA, arXiv 2305.14314, section 3)."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too: 0.37 bit less per weight."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type and type of the weights that are not quantized. auto: bfloat16. float16 is not offered:
+    its range makes DPO gradients overflow."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; needs --model_revision with a full commit hash."""
+    use_cpu: bool = False
+    """Train on the CPU although there is a GPU."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA: the trained adapter (arXiv 2106.09685)."""
+
+    lora_r: int = 64
+    """Rank."""
+    lora_alpha: float = 64
+    """Scale: the update is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input. Above 0 the first-step identity (loss ln 2) cannot be checked."""
+    lora_target_modules: Names = Names("all-linear")
+    """Layers that get an adapter: names, or all-linear for every linear layer but the head."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data: pairs of a preferred and a dispreferred answer."""
+
+    dataset: str | None = None
+    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, or a Hub id."""
+    dataset_format: str = "auto"
+    """hh-rlhf, plaintext, messages; auto looks at the columns."""
+    dataset_split: str = "train"
+    """Split of a folder or Hub dataset."""
+    dataset_revision: str | None = None
+    """Commit, tag or branch of a Hub dataset."""
+    eval_dataset: str | None = None
+    """Held-out pairs, same format. Without it --eval_split or --eval_fraction decides."""
+    eval_split: str | None = None
+    """Split of --dataset that is held out."""
+    eval_fraction: float = 0.05
+    """Share of --dataset that is held out (by prompt, so that no prompt is on both sides); 0 for none."""
+    max_train_samples: int | None = None
+    """Use only the first N pairs for training."""
+    max_eval_samples: int = 256
+    """Use at most N held-out pairs."""
+    prompt_key: str = "prompt"
+    """Column of the prompt (plaintext, messages)."""
+    chosen_key: str = "chosen"
+    """Column of the preferred answer (plaintext, messages)."""
+    rejected_key: str = "rejected"
+    """Column of the dispreferred answer (plaintext, messages)."""
+    prompt_template: str | None = None
+    """Named template (hh-rlhf, anima, plain) for a tokenizer without a chat template, or instead of it."""
+    max_length: int = 1024
+    """Tokens of prompt plus completion. A longer completion loses its end (and its end token)."""
+    max_prompt_length: int = 512
+    """Tokens of the prompt. A longer prompt loses its beginning."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What to do when rows are unusable: list them and stop, or list them and train on the rest."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Loss: names and meanings as in TRL."""
+
+    beta: float = 0.1
+    """Strength of the KL constraint (arXiv 2305.18290, eq. 7); for ipo its tau."""
+    loss_type: Names = Names("sigmoid")
+    """One or more of sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired,
+    apo_zero, apo_down, discopop, sft, sigmoid_norm."""
+    loss_weights: Numbers = Numbers()
+    """Weight of each --loss_type; default 1 each."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped labels (sigmoid: conservative DPO; robust, exo_pair)."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence that ties the policy to the reference (arXiv 2309.16240)."""
+    f_alpha_divergence_coef: float = 0.5
+    """Alpha of alpha_divergence."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop (arXiv 2406.08414)."""
+    ld_alpha: float | None = None
+    """Weight of the log-probs beyond the shorter answer's length (LD-DPO, arXiv 2409.06411)."""
+    use_weighting: bool = False
+    """Weight each pair by how likely the policy is to write it (WPO, arXiv 2406.11827)."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training: the loop, its budget and its records."""
+
+    output_dir: Path | None = None
+    """Run folder. Default: runs/MODEL-DATASET. The same command again continues what is there."""
+    fresh: bool = False
+    """Start anew, deleting the run that is in --output_dir."""
+    learning_rate: float = 1e-5
+    """Peak learning rate. TRL's 1e-6 for full fine-tuning times ten, as its guide advises for LoRA."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Schedule after the warmup."""
+    warmup_ratio: float = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    num_train_epochs: float = 1.0
+    """Passes over the training pairs."""
+    max_steps: int = -1
+    """Optimizer steps; above 0 it overrides --num_train_epochs."""
+    per_device_train_batch_size: int = 1
+    """With --gradient_accumulation_steps: their product is the number of pairs of one optimizer step."""
+    gradient_accumulation_steps: int = 16
+    """See --per_device_train_batch_size. How a step is cut into micro-batches is the engine's affair."""
+    max_tokens_per_microbatch: int = 4096
+    """Tokens that go through the model at once; the loss of a step does not depend on it."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What the forward pass keeps: everything, the outputs of matrix products and attention, or each
+    layer's input only."""
+    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
+    """auto: paged_adamw_8bit on a GPU, adamw_torch on a CPU (bitsandbytes has no paged optimizer there)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.999
+    """Second-moment decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the square root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    logging_steps: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    eval_steps: int = 50
+    """Steps between two evaluations of the held-out pairs."""
+    save_steps: int = 50
+    """Steps between two checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints to keep."""
+    sample_generate: bool = False
+    """Print answers to fixed held-out prompts, adapter off and on, at each evaluation."""
+    max_new_tokens: int = 128
+    """Longest answer of --sample_generate."""
+    report_to: Names = Names("none")
+    """Mirrors of metrics.jsonl: wandb (offline unless logged in), tensorboard, none."""
+    run_name: str | None = None
+    """Name of the run in the mirrors. Default: the name of --output_dir."""
+    seed: int = 42
+    """Data order, adapter initialization, dropout, sampling."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of `train`, by group."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    @property
+    def is_demo(self) -> bool:
+        """Neither a model nor a dataset was named."""
+        return self.model.model_name_or_path is None and self.data.dataset is None
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step."""
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its flag name, as plain YAML values."""
+        return {name: _plain(value) for name, value in self.items()}
+
+    def items(self) -> list[tuple[str, Any]]:
+        """(flag name, value) of every option."""
+        groups = (getattr(self, group.name) for group in fields(self))
+        return [(option.name, getattr(group, option.name)) for group in groups for option in fields(group)]
+
+
+TRAIN_GROUPS = {
+    "model": ModelOptions,
+    "lora": LoraOptions,
+    "data": DataOptions,
+    "loss": LossOptions,
+    "training": TrainingOptions,
+}
+
+
+def train_config(options: dict[str, Any]) -> TrainConfig:
+    """Build a checked `TrainConfig` from flat options.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    groups = {
+        name: group(**{option.name: options[option.name] for option in fields(group) if option.name in options})
+        for name, group in TRAIN_GROUPS.items()
+    }
+    config = TrainConfig(**groups)
+    problems = [*_impossible(config), *_ignored(config)]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _impossible(config: TrainConfig) -> list[str]:
+    """Options whose values cannot work, one sentence each."""
+    model, data, training = config.model, config.data, config.training
+    problems = [
+        f"--{name} {value}: must be above 0."
+        for name, value in config.items()
+        if name in _POSITIVE and value is not None and value <= 0
+    ]
+    if model.model_name_or_path is None and data.dataset is not None:
+        problems.append("--dataset needs --model_name_or_path: name a local model folder or a Hub id.")
+    if data.dataset is None and model.model_name_or_path is not None:
+        problems.append("--model_name_or_path needs --dataset: name a file, a folder or a Hub id of pairs.")
+    if data.max_prompt_length >= data.max_length:
+        problems.append(
+            f"--max_prompt_length {data.max_prompt_length} leaves no room for an answer within --max_length "
+            f"{data.max_length}: make it smaller."
+        )
+    if not 0 <= data.eval_fraction < 1:
+        problems.append(f"--eval_fraction {data.eval_fraction}: must be at least 0 and below 1.")
+    if not 0 <= config.lora.lora_dropout < 1:
+        problems.append(f"--lora_dropout {config.lora.lora_dropout}: must be at least 0 and below 1.")
+    if not 0 <= training.warmup_ratio <= 1:
+        problems.append(f"--warmup_ratio {training.warmup_ratio}: must be between 0 and 1.")
+    unknown = set(training.report_to) - {"wandb", "tensorboard", "none"}
+    if unknown:
+        problems.append(f"--report_to {' '.join(sorted(unknown))}: known are wandb, tensorboard, none.")
+    revision = model.model_revision or ""
+    if model.trust_remote_code and not (len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)):
+        problems.append(
+            "--trust_remote_code runs the model author's Python here: pin what you have read with "
+            "--model_revision and its full 40-digit commit hash."
+        )
+    return problems
+
+
+_POSITIVE = {
+    "lora_r", "lora_alpha", "max_length", "max_prompt_length", "max_train_samples", "max_eval_samples", "beta",
+    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_tokens_per_microbatch", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "max_new_tokens",
+}  # fmt: skip
+
+
+def _ignored(config: TrainConfig) -> list[str]:
+    """Options that differ from their default although this run would not read them."""
+    model, data, training = config.model, config.data, config.training
+    unread: list[tuple[str, bool, str]] = [
+        ("bnb_4bit_quant_type", not uses_4bit(model), "the base is not quantized to 4 bit"),
+        ("bnb_4bit_use_double_quant", not uses_4bit(model), "the base is not quantized to 4 bit"),
+        ("eval_split", data.eval_dataset is not None, "--eval_dataset is given"),
+        ("eval_fraction", data.eval_dataset is not None, "--eval_dataset is given"),
+        ("eval_fraction", data.eval_split is not None, "--eval_split is given"),
+        ("num_train_epochs", training.max_steps > 0, "--max_steps is given"),
+        ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
+        ("max_new_tokens", not training.sample_generate and not config.is_demo, "--sample_generate is off"),
+        *((name, config.is_demo, "the embedded demo brings its own pairs; name --model_name_or_path and --dataset")
+          for name in _OF_REAL_TRAINING),
+    ]  # fmt: skip
+    values, defaults = dict(config.items()), dict(TrainConfig().items())
+    return [
+        f"--{name} {values[name]} would be ignored: {reason}."
+        for name, is_unread, reason in unread
+        if is_unread and values[name] != defaults[name]
+    ]
+
+
+_OF_REAL_TRAINING = (
+    "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision", "eval_dataset",
+    "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "prompt_template",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+def uses_4bit(model: ModelOptions) -> bool:
+    """The base is quantized to 4 bit: asked for (the default) and not overridden by --load_in_8bit."""
+    return model.load_in_4bit and not model.load_in_8bit
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Merge: an adapter and the base it was trained on become one plain model."""
+
+    adapter: Path
+    """A finished run or any PEFT LoRA folder."""
+    output: Path
+    """Folder to write; must be absent or empty."""
+    base: Literal["train", "original"] = "train"
+    """train: the dequantized 4-bit base, which is what was trained. original: the 16-bit base."""
+    base_model: str | None = None
+    """Where the base is now, when it is not where adapter_config.json says."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type in which the merged weights are stored; the sum is formed in float32."""
+    max_shard_size: str = "5GB"
+    """Largest size of one safetensors file."""
+    allow_unfinished: bool = False
+    """Merge a run that has not finished its steps."""
+
+
+def quantization_of(model: ModelOptions) -> dict[str, Any] | None:
+    """Keyword arguments for transformers' `BitsAndBytesConfig`, or None for no quantization."""
+    if model.load_in_8bit:
+        return {"load_in_8bit": True}
+    if not model.load_in_4bit:
+        return None
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": model.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": model.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": "float32" if model.dtype == "float32" else "bfloat16",
+    }

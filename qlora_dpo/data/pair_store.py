@@ -1,0 +1,143 @@
+"""Tokenized pairs on disk: one Arrow file, memory-mapped, beside a report and the list of refused rows.
+
+A store is a folder that appears whole or not at all: it is written under another name and renamed. Its
+manifest holds the hash of each file, so a damaged store is noticed and built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_dpo.data.preferences import RefusedRow
+from qlora_dpo.data.tokenization import TokenizedPair
+from qlora_dpo.errors import StorageError
+
+PAIRS_FILE = "pairs.arrow"
+REFUSED_FILE = "refused_rows.jsonl"
+MANIFEST_FILE = "manifest.json"
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class PairWriter:
+    """Writes pairs and refused rows into a folder as they come; `content` hashes all ids."""
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow as pa
+
+        ids = pa.list_(pa.int32())
+        self._schema = pa.schema(
+            [
+                *((name, ids) for name in ID_COLUMNS),
+                ("category", pa.string()),
+                ("confidence", pa.float64()),
+                ("origin", pa.string()),
+            ]
+        )
+        self._file = pa.OSFile(str(folder / PAIRS_FILE), "wb")
+        self._arrow = pa.ipc.new_file(self._file, self._schema)
+        self._refused = (folder / REFUSED_FILE).open("w", encoding="utf-8")
+        self.content = hashlib.sha256()
+        self.pairs = 0
+
+    def add_pairs(self, pairs: list[TokenizedPair]) -> None:
+        import pyarrow as pa
+
+        for pair in pairs:
+            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+                self.content.update(len(ids).to_bytes(8, "little") + array("i", ids).tobytes())
+        columns = [
+            pa.array([getattr(pair, field.name) for pair in pairs], type=field.type) for field in self._schema
+        ]
+        self._arrow.write_batch(pa.record_batch(columns, schema=self._schema))
+        self.pairs += len(pairs)
+
+    def add_refused(self, rows: Iterable[RefusedRow]) -> None:
+        for row in rows:
+            self._refused.write(json.dumps(asdict(row)) + "\n")
+
+    def __enter__(self) -> PairWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._arrow.close()
+        self._file.close()
+        self._refused.close()
+
+
+@contextmanager
+def new_store(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `folder` when the block ends, or vanishes when it fails.
+
+    Raises:
+        StorageError: when the disk refuses.
+    """
+    building: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        yield building
+        _replace(building, folder)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write tokenized pairs to {folder.parent}: {error.strerror or error}; "
+            "free some space there, or name another folder with --cache_dir or QLORA_DPO_CACHE."
+        ) from error
+    finally:
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _replace(building: Path, folder: Path) -> None:
+    """Put a finished folder in its place, unless another process was faster."""
+    if folder.exists() and read_manifest(folder) is None:
+        damaged = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
+        folder.rename(damaged / "store")
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.rename(building, folder)
+    except OSError:
+        if read_manifest(folder) is None:
+            raise
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    files = {name: _hash_file(folder / name) for name in (PAIRS_FILE, REFUSED_FILE)}
+    (folder / MANIFEST_FILE).write_text(json.dumps({"files": files, **content}, indent=1), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a store's manifest, None when there is no store or its files are not what was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        sound = all(_hash_file(folder / name) == digest for name, digest in manifest["files"].items())
+        return manifest if sound and set(manifest["files"]) == {PAIRS_FILE, REFUSED_FILE} else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_refused(folder: Path) -> tuple[RefusedRow, ...]:
+    with (folder / REFUSED_FILE).open(encoding="utf-8") as file:
+        return tuple(RefusedRow(**json.loads(line)) for line in file)
+
+
+def read_batches(folder: Path) -> list[Any]:
+    """Memory-map the pairs as Arrow record batches."""
+    import pyarrow as pa
+
+    with pa.ipc.open_file(pa.memory_map(str(folder / PAIRS_FILE))) as reader:
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,185 @@
+"""Attention over a packed row in which the two completions of a pair share their prompt.
+
+Registered with transformers as `prefix_shared`. Without a layout it is plain SDPA, masks included, so generation and
+padded batches work as always. With one, each segment attends to its prefix and causally to itself (lower-right
+causal); a sliding window counts over prefix and segment together, as positions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_dpo.data.packing import PackedLayout, Segment
+
+IMPLEMENTATION = "prefix_shared"
+
+
+def register() -> None:
+    """Make `attn_implementation="prefix_shared"` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, prefix_shared_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+@dataclass
+class CallCount:
+    """Attention calls that saw a layout."""
+
+    count: int = 0
+
+
+_counters: list[CallCount] = []
+
+
+@contextmanager
+def counted_calls() -> Iterator[CallCount]:
+    """Count the attention calls with a layout within this block."""
+    counter = CallCount()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+def prefix_shared_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    prefix_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; query [1, H, T, D], key and value [1, Hkv, T, D], result [1, T, H, D].
+
+    Raises:
+        NotImplementedError: for a packed row when the layer asks for something that segments cannot honor
+            (soft cap, attention sinks, position bias, dropout); the startup self-check then falls back.
+    """
+    if prefix_layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    for counter in _counters:
+        counter.count += 1
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported or dropout:
+        raise NotImplementedError(f"a packed row with {unsupported or 'attention dropout'}")
+    attend = _varlen if query.is_cuda and query.dtype != torch.float32 and _varlen_attn() else _segment_by_segment
+    return attend(query, key, value, prefix_layout, scaling, sliding_window), None
+
+
+def _segment_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    """SDPA per segment: exact floating-point work on every device, no T x T mask."""
+    outputs = []
+    for segment in layout.segments:
+        own = slice(segment.start, segment.start + segment.length)
+        prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+        keys, values = key[:, :, own], value[:, :, own]
+        if segment.prefix_length:
+            keys = torch.cat([key[:, :, prefix], keys], dim=2)
+            values = torch.cat([value[:, :, prefix], values], dim=2)
+        mask = _segment_mask(segment, window, query.device)
+        attended = F.scaled_dot_product_attention(
+            query[:, :, own], keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+        outputs.append(attended)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _segment_mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """Lower-right causal mask [length, prefix + length], or None where SDPA's own causal flag says the same."""
+    total = segment.prefix_length + segment.length
+    if not segment.prefix_length and (window is None or window >= total):
+        return None
+    query_position = torch.arange(segment.prefix_length, total, device=device)[:, None]
+    distance = query_position - torch.arange(total, device=device)[None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    """One `varlen_attn` call for the whole row: the prompt's keys and values are gathered a second time."""
+    keys, values = (_GatherRows.apply(tensor[0].transpose(0, 1), layout) for tensor in (key, value))
+    call = _varlen_attn()
+    assert call is not None
+    attended = call(
+        query[0].transpose(0, 1), keys, values, layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k,
+        scale=scaling, window_size=(-1 if window is None else window - 1, 0),
+    )  # fmt: skip
+    return attended[None]
+
+
+class _GatherRows(torch.autograd.Function):
+    """`rows[key_index]` whose backward adds each shared prompt's second copy once, without atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, layout: PackedLayout) -> Tensor:
+        ctx.layout = layout
+        return rows.index_select(0, layout.key_index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        layout: PackedLayout = ctx.layout
+        own, shared, position = [], [], 0
+        for segment in layout.segments:
+            shared.append((segment, position))
+            position += segment.prefix_length
+            own.append(grad[position : position + segment.length])
+            position += segment.length
+        result = torch.cat(own)
+        for segment, start in shared:
+            if segment.prefix_length:
+                prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+                result[prefix] += grad[start : start + segment.prefix_length]
+        return result, None
+
+
+@cache
+def _varlen_attn() -> Callable[..., Tensor] | None:
+    """torch's variable-length attention with `scale` and `window_size`, or None where this torch lacks them."""
+    import inspect
+
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= set(parameters):
+        return None
+    if "enable_gqa" in parameters:
+
+        def grouped(query: Tensor, key: Tensor, value: Tensor, *sizes: Any, **options: Any) -> Tensor:
+            return varlen_attn(query, key, value, *sizes, enable_gqa=key.shape[1] != query.shape[1], **options)
+
+        return grouped
+
+    def repeated(query: Tensor, key: Tensor, value: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        copies = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
+        return varlen_attn(query, key, value, *sizes, **options)
+
+    return repeated

@@ -1,0 +1,165 @@
+"""Loads the tokenizer and the frozen, quantized base, and refuses early what would fail late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dpo.errors import ModelError, QloraDpoError, ResourceError, StorageError, UsageError
+
+CPU_BLOCK = 64  # bitsandbytes quantizes runs of 64 weights; its CPU kernel needs whole runs in every row
+
+
+def choose_device(use_cpu: bool) -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() and not use_cpu else torch.device("cpu")
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's own tokenizer, with a pad token (the end token where it has none; masks never look at it)."""
+    from transformers import AutoTokenizer
+
+    _check_local_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _loading_error("tokenizer", name, revision, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str,
+    *,
+    device: torch.device,
+    revision: str | None = None,
+    quantization: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a causal language model, frozen and quantized, onto `device`.
+
+    Args:
+        quantization: keyword arguments of transformers' `BitsAndBytesConfig`, or None to keep `dtype`.
+
+    Raises:
+        StorageError: there is no such model, or its folder holds no weights.
+        UsageError: its layers cannot be quantized rightly on a CPU.
+        ResourceError: it does not fit into the device's memory.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    _check_local_folder(name)
+    _check_local_weights(name)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+    except Exception as error:
+        raise _loading_error("model", name, revision, error) from error
+    if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
+        check_cpu_quantizable(config, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+            device_map={"": device},
+            use_safetensors=True,
+            **source,
+        )
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(f"loading {name}", device) from error
+    except Exception as error:
+        raise _loading_error("model", name, revision, error) from error
+    model.requires_grad_(False)
+    keep_cpu_layers_differentiable(model)
+    return model
+
+
+def check_cpu_quantizable(config: Any, trust_remote_code: bool = False) -> None:
+    """Refuse a model whose rows are not whole quantization blocks: bitsandbytes' AVX512 kernel reads the wrong
+    scales for them and returns weights that are off by 40 to 90 percent, without a word.
+
+    Raises:
+        UsageError: naming the first such layer.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        in_features = module.in_features if isinstance(module, nn.Linear) else module.nx
+        if in_features % CPU_BLOCK:
+            raise UsageError(
+                f"{name} has {in_features} input features, not a multiple of {CPU_BLOCK}: bitsandbytes would "
+                "dequantize it wrongly on a CPU. Use a GPU, or --load_in_4bit false."
+            )
+
+
+def keep_cpu_layers_differentiable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place on the first CPU forward pass without gradients: the
+    repacked form has no backward, so later training would lose the gradient through the base without an error."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def out_of_memory(doing: str, device: torch.device) -> ResourceError:
+    """The error for a device that is full, with what it holds and what to change."""
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    return ResourceError(
+        f"{device} ran out of memory while {doing} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free now). Lower "
+        "--max_tokens_per_microbatch or --lora_r, use --activation_checkpointing full, or free the device."
+    )
+
+
+def _check_local_folder(name: str) -> None:
+    """A path that looks local must exist: huggingface_hub would call it an invalid repository name."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise StorageError(f"{name}: there is no such model folder. Name an existing folder or a Hub id (ORG/NAME).")
+
+
+def _check_local_weights(name: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise StorageError(f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one.")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        found = f" ({others[0]} is a pickle, which is not loaded: it can run code)" if others else ""
+        raise StorageError(f"{name}: the folder holds no *.safetensors weights{found}. Download or convert them.")
+
+
+def _loading_error(what: str, name: str, revision: str | None, error: Exception) -> QloraDpoError:
+    """One sentence for the many ways in which the Hub or a folder can fail."""
+    from huggingface_hub import errors as hub
+
+    at = f" at revision {revision}" if revision else ""
+    causes: list[Any] = [error]
+    while causes[-1].__cause__ is not None and causes[-1].__cause__ not in causes:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, hub.GatedRepoError) for cause in causes):
+        return StorageError(f"{name} is gated: accept its terms on the Hub and log in (`hf auth login` or HF_TOKEN).")
+    if any(isinstance(cause, hub.RevisionNotFoundError) for cause in causes):
+        return StorageError(f"{name} has no revision {revision}: check --model_revision.")
+    if any(isinstance(cause, hub.RepositoryNotFoundError) for cause in causes):
+        return StorageError(f"{name}: neither a local folder nor a model on the Hub{at}: check --model_name_or_path.")
+    if any(isinstance(cause, hub.LocalEntryNotFoundError | ConnectionError | hub.OfflineModeIsEnabled) for cause in causes):
+        return StorageError(
+            f"{name}: not a local folder, not in the cache, and the Hub cannot be reached. Name a local folder, or "
+            "set HF_ENDPOINT to a mirror."
+        )
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return ModelError(f"the {what} {name}{at} cannot be loaded: {reason}")

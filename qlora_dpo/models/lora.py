@@ -1,0 +1,136 @@
+"""The LoRA adapters on the frozen base: the policy's, and where there is one the reference's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dpo.errors import ModelError, StorageError, UsageError
+
+POLICY, REFERENCE = "default", "reference"
+
+
+def add_adapter(
+    base: nn.Module, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], seed: int
+) -> Any:
+    """Put a fresh LoRA adapter (B = 0, so the policy starts as the base) on the base; returns the PEFT model.
+
+    Raises:
+        UsageError: a target module that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if tuple(target_modules) == ("all-linear",) else list(target_modules)
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        known = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+        raise UsageError(
+            f"--lora_target_modules {' '.join(target_modules)}: {error} This model's linear layers are {', '.join(known)}."
+        ) from error
+
+
+def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
+    """Put a saved LoRA adapter on the base as the policy.
+
+    Raises:
+        StorageError, ModelError: see `check_adapter_folder`.
+    """
+    from peft import PeftModel
+
+    check_adapter_folder(folder)
+    try:
+        return PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder}: the adapter does not fit this base ({reason}). Was it trained on another one?") from error
+
+
+def add_frozen_reference(model: Any, folder: Path) -> None:
+    """Load the adapter a second time, frozen, as the reference of a policy that started from it."""
+    model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+    model.set_adapter(POLICY)
+
+
+def check_adapter_folder(folder: Path) -> dict[str, Any]:
+    """Read and check `adapter_config.json`; returns its content.
+
+    Raises:
+        StorageError: no adapter there.
+        ModelError: an adapter that is not plain LoRA in safetensors, or one that would import code.
+    """
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
+        if (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder} is a whole model, not an adapter. The reference is the base itself or an adapter on it, "
+                "never a second model in memory: name a folder with an adapter_config.json."
+            )
+        raise StorageError(f"{folder}: there is no adapter_config.json. Name the folder of an adapter or a finished run.")
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config_file} is not valid JSON: {error}. Restore it from the training run.") from error
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{config_file}: peft_type is {config.get('peft_type')!r}; only LORA adapters are read.")
+    for field in ("auto_mapping", "megatron_config"):
+        if config.get(field):
+            raise ModelError(f"{config_file}: {field} asks to import code; such an adapter is refused. Remove the field.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise StorageError(f"{folder}: adapter_model.safetensors is missing (a pickled adapter_model.bin is not read).")
+    return config
+
+
+@contextmanager
+def reference_active(model: Any) -> Iterator[None]:
+    """Within this block the model is the reference: the frozen adapter where there is one, else no adapter."""
+    was_training = model.training
+    model.eval()  # no LoRA dropout
+    try:
+        if REFERENCE in model.peft_config:
+            model.set_adapter(REFERENCE, inference_mode=True)
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        if REFERENCE in model.peft_config:
+            model.set_adapter(POLICY)
+        model.train(was_training)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The policy adapter's weights, in the model's order."""
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name and f".{POLICY}." in name]
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the policy's adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy(model.peft_config[POLICY])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def restore_adapter(model: Any, folder: Path) -> None:
+    """Load a checkpoint's adapter into the policy."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name=POLICY)

@@ -1,0 +1,57 @@
+"""What a run logs about its pairs, under TRL's names, as sums that add up over micro-batches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qlora_dpo.objectives.pairs import PairStatistics
+
+
+def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> dict[str, Tensor]:
+    """Return each logged value pair by pair, detached, `[B]` each; rewards are beta * log(pi / pi_ref)."""
+    chosen_rewards = beta * (pairs.policy.chosen - pairs.reference.chosen)
+    rejected_rewards = beta * (pairs.policy.rejected - pairs.reference.rejected)
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": chosen_rewards > rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": pairs.policy.chosen,
+        "logps/rejected": pairs.policy.rejected,
+    }
+    return {name: value.detach() for name, value in values.items()}
+
+
+@dataclass
+class MetricSums:
+    """Sums over pairs and their count: add micro-batches, merge processes, divide once at the end."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the `[B]` values of one micro-batch; nothing leaves the device."""
+        # float64, so that the logged mean hardly depends on how the step was cut
+        sums = {name: value.sum(dtype=torch.float64) for name, value in values.items()}
+        self.merge(MetricSums(sums, count=len(next(iter(values.values())))))
+
+    def merge(self, other: "MetricSums") -> None:
+        """Add the sums of another part of the same step.
+
+        Raises: ValueError where the two do not measure the same things.
+        """
+        if self.count and other.count and self.sums.keys() != other.sums.keys():
+            raise ValueError(f"cannot add {sorted(other.sums)} to {sorted(self.sums)}")
+        if other.count:
+            self.sums = {name: total + self.sums.get(name, 0) for name, total in other.sums.items()}
+            self.count += other.count
+
+    def mean(self) -> dict[str, float]:
+        """Divide by the pairs counted, waiting for the device once; empty before the first pair."""
+        if not self.count:
+            return {}
+        totals = torch.stack(list(self.sums.values())).tolist()
+        return {name: total / self.count for name, total in zip(self.sums, totals, strict=True)}

@@ -1,0 +1,127 @@
+"""Atomic checkpoints: staged, hashed, synced, renamed; and finding the newest one that is whole.
+
+checkpoint-N/
+  adapter_model.safetensors, adapter_config.json   loadable by any PEFT program
+  optimizer.pt, rng_state.pt                       tensors and plain values only (loaded with weights_only)
+  trainer_state.json                               step and schedule
+  manifest.json                                    size and sha256 of each of the above; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+MANIFEST = "manifest.json"
+
+
+def rng_states() -> dict[str, Any]:
+    """Every random state that a step can draw from, as tensors and plain values."""
+    version, keys, gauss = random.getstate()
+    name, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(keys), gauss],
+        "numpy": [name, numpy_keys.tolist(), position, has_gauss, cached],
+    }
+
+
+def restore_rng_states(states: dict[str, Any]) -> None:
+    """Undo everything that drew random numbers since `rng_states()`."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def save_checkpoint(
+    run: Path, step: int, *, save_adapter: Callable[[Path], None], optimizer: dict[str, Any], rng: dict[str, Any],
+    state: dict[str, Any], keep: int,
+) -> Path:  # fmt: skip
+    """Write checkpoint-`step` so that it either exists whole or not at all; then delete all but the newest `keep`."""
+    final = run / f"checkpoint-{step}"
+    staging = run / f".staging-checkpoint-{step}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    save_adapter(staging)
+    torch.save(optimizer, staging / "optimizer.pt")
+    torch.save(rng, staging / "rng_state.pt")
+    (staging / "trainer_state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())}
+    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+    for path in staging.iterdir():
+        _sync(path)
+    _sync(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    _sync(run)
+    for _, old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, oldest first, whole or not."""
+    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in run.glob("checkpoint-*")]
+    return sorted((int(number), path) for number, path in numbered if number.isdigit())
+
+
+def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was rejected."""
+    rejected: list[str] = []
+    for _, folder in reversed(checkpoints(run)):
+        reason = _damage(folder)
+        if reason is None:
+            return folder, rejected
+        rejected.append(f"{folder.name} is not used: {reason}.")
+    return None, rejected
+
+
+def load_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(optimizer state, random states, trainer state) of a verified checkpoint; no pickle is executed."""
+    optimizer = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    rng = torch.load(checkpoint / "rng_state.pt", map_location="cpu", weights_only=True)
+    return optimizer, rng, json.loads((checkpoint / "trainer_state.json").read_text())
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"the content of {name} has changed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""The training loop: pairs, gradient, check, clip, step, log, evaluate, save, stop if asked."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qlora_dpo.config import TrainingOptions
+from qlora_dpo.errors import Interrupted, TrainingError
+from qlora_dpo.models.lora import restore_adapter, save_adapter, trainable_parameters
+from qlora_dpo.training.checkpoints import (
+    load_state,
+    newest_valid,
+    restore_rng_states,
+    rng_states,
+    save_checkpoint,
+)
+from qlora_dpo.training.engine import Engine
+from qlora_dpo.training.run_folder import RunFolder
+from qlora_dpo.training.schedule import Schedule
+from qlora_dpo.training.signals import StopFlag, StopRequested
+from qlora_dpo.training.tracking import Metrics, Recorder, cut_back
+
+MAX_BAD_STEPS = 3  # in a row, before a run with non-finite numbers or without a gradient is stopped
+IDENTITY_TOLERANCE = 1e-3  # of the rewards at step 1, where the policy is the reference
+
+
+@dataclass
+class Training:
+    """Everything that a step reads or changes."""
+
+    run: RunFolder
+    options: TrainingOptions
+    engine: Engine
+    schedule: Schedule
+    eval_indices: Sequence[int]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    recorder: Recorder
+    stop: StopFlag
+    show_samples: Callable[[int], None]
+    has_dropout: bool = False
+    parameters: list[nn.Parameter] = field(init=False)
+    bad_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.engine.model)
+
+
+def fit(training: Training) -> None:
+    """Run the steps that the schedule has left, continuing from the newest valid checkpoint.
+
+    Raises:
+        Interrupted: a signal came; a checkpoint of the last whole step has been written.
+        TrainingError: the numbers stopped making sense.
+    """
+    done = resume(training)
+    schedule, options = training.schedule, training.options
+    progress = tqdm(
+        total=schedule.total_steps, initial=done, unit="step", desc="DPO", file=sys.stderr,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )  # fmt: skip
+    for number in range(done + 1, schedule.total_steps + 1):
+        rng_before = rng_states()
+        indices = schedule.step(number)
+        started = time.perf_counter()
+        try:
+            metrics = training.engine.accumulate_gradient(indices, training.stop.check)
+        except StopRequested as signal:
+            # Nothing but random states moves within a step, so the state after the step before is still at hand.
+            save(training, number - 1, rng_before)
+            raise Interrupted(f"{signal} at step {number}: checkpoint-{number - 1} is written; the same command continues.") from None
+        if number == 1 and not training.has_dropout:
+            check_first_step(metrics)
+        metrics |= update(training, metrics, indices)
+        metrics |= speed(training, indices, time.perf_counter() - started) | {"epoch": schedule.epoch(number)}
+        progress.set_postfix(_shown(metrics), refresh=False)
+        progress.update()
+        is_last = number == schedule.total_steps
+        if number % options.eval_steps == 0 or is_last:
+            metrics |= evaluate(training, number)
+        if number % options.logging_steps == 0 or is_last or "eval_loss" in metrics:
+            training.recorder.log(number, metrics)
+        if number % options.save_steps == 0 or is_last:
+            save(training, number, rng_states())
+    progress.close()
+
+
+def resume(training: Training) -> int:
+    """Restore the newest valid checkpoint; returns its step, 0 where there is none."""
+    checkpoint, rejected = newest_valid(training.run.path)
+    for reason in rejected:
+        print(reason, file=sys.stderr)
+    step = 0
+    if checkpoint is not None:
+        optimizer, rng, state = load_state(checkpoint)
+        restore_adapter(training.engine.model, checkpoint)
+        training.optimizer.load_state_dict(optimizer["optimizer"])
+        training.scheduler.load_state_dict(optimizer["scheduler"])
+        restore_rng_states(rng)
+        step = int(state["step"])
+        print(f"Continuing from {checkpoint.name} of {training.schedule.total_steps} steps.", file=sys.stderr)
+    cut_back(training.run.metrics, step)
+    return step
+
+
+def check_first_step(metrics: Metrics) -> None:
+    """Check that the untrained policy is the reference: both implicit rewards are 0 (so DPO's loss is ln 2).
+
+    Raises:
+        TrainingError: it is not, so the reference is wrong and every later number would be too.
+    """
+    largest = max(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"]))
+    if not largest <= IDENTITY_TOLERANCE:
+        raise TrainingError(
+            f"at step 1 the rewards are {metrics['rewards/chosen']:.4g} and {metrics['rewards/rejected']:.4g} (loss "
+            f"{metrics['loss']:.6f}), but an untrained policy equals its reference, with rewards 0. The reference does "
+            "not belong to this model: check --reference_model, or report this with the output of the env command."
+        )
+
+
+def update(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metrics:
+    """Clip and step; with non-finite numbers the adapter stays as it is.
+
+    Raises:
+        TrainingError: for the third time in a row the numbers are not finite, or the gradient is zero.
+    """
+    learning_rate = training.scheduler.get_last_lr()[0]
+    grad_norm = float(nn.utils.clip_grad_norm_(training.parameters, training.options.max_grad_norm))
+    is_finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
+    if is_finite:
+        training.optimizer.step()
+    training.scheduler.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.bad_steps = 0 if is_finite and grad_norm > 0 else training.bad_steps + 1
+    if training.bad_steps:
+        _complain(training, is_finite, indices)
+    return {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+
+def _complain(training: Training, is_finite: bool, indices: Sequence[int]) -> None:
+    origins = ", ".join(training.engine.pairs[index].origin for index in indices)
+    what = "the gradient is zero" if is_finite else "loss or gradient is not finite, the step is skipped"
+    tqdm.write(f"warning: {what}; its pairs are {origins}", file=sys.stderr)
+    if training.bad_steps == MAX_BAD_STEPS:
+        raise TrainingError(
+            f"{what}, {MAX_BAD_STEPS} times in a row. The last pairs were {origins}. Lower --learning_rate, look at "
+            "these rows, or compare with --dtype float32."
+        )
+
+
+def evaluate(training: Training, number: int) -> Metrics:
+    """Metrics of the held-out pairs, and sample answers where they were asked for.
+
+    Raises:
+        Interrupted: a signal came; the step before the evaluation is saved.
+    """
+    rng = rng_states()
+    try:
+        metrics = training.engine.evaluate(training.eval_indices, training.stop.check)
+    except StopRequested as signal:
+        save(training, number, rng)
+        raise Interrupted(f"{signal} during an evaluation: checkpoint-{number} is written; the same command continues.") from None
+    training.show_samples(number)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def save(training: Training, number: int, rng: dict[str, Any]) -> Path:
+    """Write checkpoint-`number`."""
+    path = save_checkpoint(
+        training.run.path,
+        number,
+        save_adapter=lambda folder: save_adapter(training.engine.model, folder),
+        optimizer={"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()},
+        rng=rng,
+        state={"total_steps": training.schedule.total_steps, "epoch": training.schedule.epoch(number)},
+        keep=training.options.save_total_limit,
+    )
+    training.run.update_status(status="training", step=number)
+    return path
+
+
+def speed(training: Training, indices: Sequence[int], seconds: float) -> Metrics:
+    """Throughput of a step and the process's peak memory."""
+    if training.engine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(training.engine.device) / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    return {
+        "step_seconds": seconds,
+        "pairs_per_second": len(indices) / seconds,
+        "tokens_per_second": training.engine.tokens(indices) / seconds,
+        "memory/peak_gib": peak,
+    }
+
+
+def _shown(metrics: Metrics) -> dict[str, str]:
+    return {
+        "loss": f"{metrics['loss']:.4f}",
+        "acc": f"{metrics['rewards/accuracies']:.2f}",
+        "margin": f"{metrics['rewards/margins']:.3f}",
+        "pairs/s": f"{metrics['pairs_per_second']:.2f}",
+        "tok/s": f"{metrics['tokens_per_second']:.0f}",
+    }

@@ -1,0 +1,58 @@
+"""Optimizers by the names of `transformers.TrainingArguments.optim`, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dpo.errors import UsageError
+
+
+def make_optimizer(
+    name: str, parameters: Sequence[nn.Parameter], device: torch.device, **settings: Any
+) -> torch.optim.Optimizer:
+    """Build the optimizer; `settings` are lr, betas, eps, weight_decay.
+
+    Raises:
+        UsageError: a bitsandbytes optimizer on a CPU.
+    """
+    if name == "auto":
+        name = "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+    if name != "adamw_torch" and device.type == "cpu":
+        raise UsageError(f"--optim {name} needs a GPU: on a CPU use adamw_torch (or auto, which picks it).")
+    return OPTIMIZERS[name](parameters, **settings)
+
+
+def make_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, *, warmup_ratio: float, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' learning-rate schedule of that name."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(warmup_ratio * total_steps)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
+    )
+    return scheduler
+
+
+def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
+    def make(parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(parameters, **settings)
+        return optimizer
+
+    return make
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
+    "paged_adamw_32bit": _bitsandbytes("PagedAdamW32bit"),
+}

@@ -1,0 +1,44 @@
+"""Which pairs each optimizer step takes, and how many steps there are: functions of the seed and the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of the training pairs over `total_steps`; every epoch is its own permutation."""
+
+    indices: Sequence[int]
+    pairs_per_step: int
+    total_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every pair was seen once; the last one may be smaller."""
+        return math.ceil(len(self.indices) / self.pairs_per_step)
+
+    def step(self, number: int) -> list[int]:
+        """Indices of the pairs of step `number`, counted from 1."""
+        epoch, position = divmod(number - 1, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+        order = torch.randperm(len(self.indices), generator=generator).tolist()
+        taken = order[position * self.pairs_per_step : (position + 1) * self.pairs_per_step]
+        return [self.indices[place] for place in taken]
+
+    def epoch(self, number: int) -> float:
+        """Epochs done after step `number`."""
+        return number / self.steps_per_epoch
+
+
+def make_schedule(
+    indices: Sequence[int], pairs_per_step: int, *, epochs: float, max_steps: int, seed: int
+) -> Schedule:
+    """A schedule of `max_steps` steps, or of `epochs` passes where `max_steps` is not above 0."""
+    steps = max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(len(indices) / pairs_per_step))
+    return Schedule(indices, pairs_per_step, steps, seed)

@@ -1,0 +1,203 @@
+"""`train`: the whole run, in reading order."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_dpo import __version__
+from qlora_dpo.config import TrainConfig, quantization_of
+from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.tokenization import PairTokenizer
+from qlora_dpo.environment import describe
+from qlora_dpo.errors import StorageError
+from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
+from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer, out_of_memory
+from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter, save_adapter
+from qlora_dpo.models.scoring import choose_scorer
+from qlora_dpo.objectives.objective import make_objective
+from qlora_dpo.training.curves import draw_curves
+from qlora_dpo.training.data import TrainingData, load_training_data
+from qlora_dpo.training.engine import Engine, local_reference
+from qlora_dpo.training.loop import Training, fit
+from qlora_dpo.training.model_card import write_model_card
+from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
+from qlora_dpo.training.run_folder import CARD, CURVES, SAMPLES, RunFolder, default_output_dir, open_run_folder
+from qlora_dpo.training.samples import SamplePrinter
+from qlora_dpo.training.schedule import make_schedule
+from qlora_dpo.training.signals import StopFlag, stop_on_signals
+from qlora_dpo.training.tracking import Recorder, read_metrics, start_trackers
+
+SAMPLE_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run with its model still in memory."""
+
+    run: RunFolder
+    model: Any
+    tokenizer: Any
+    pair_tokenizer: PairTokenizer
+
+
+def train(config: TrainConfig) -> Trained | None:
+    """Train a LoRA adapter on preference pairs; returns None where the run had finished before.
+
+    Raises:
+        QloraDpoError: one of its kinds, each saying what happened, why, and what to do.
+    """
+    objective = make_objective(
+        config.loss.loss_type,
+        config.loss.loss_weights or None,
+        beta=config.loss.beta,
+        label_smoothing=config.loss.label_smoothing,
+        f_divergence_type=config.loss.f_divergence_type,
+        f_alpha_divergence_coef=config.loss.f_alpha_divergence_coef,
+        discopop_tau=config.loss.discopop_tau,
+        ld_alpha=config.loss.ld_alpha,
+        use_weighting=config.loss.use_weighting,
+    )
+    run = open_run(config)
+    if run.is_finished:
+        print(f"{run.path} is finished; --fresh starts it anew.", file=sys.stderr)
+        return None
+    device = choose_device(config.model.use_cpu)
+    tokenizer = load_training_tokenizer(config)
+    data = load_training_data(config.data, tokenizer, config.training.seed)
+    print("\n".join(data.summary()), file=sys.stderr)
+    with stop_on_signals() as stop:
+        try:
+            model = load_policy(config, device)
+            scorer = choose_scorer(model, data.pairs[data.train[0]], device)
+            set_activation_checkpointing(model, config.training.activation_checkpointing)
+            engine = Engine(
+                model, scorer, objective, data.pairs, local_reference(model, scorer), device,
+                config.training.max_tokens_per_microbatch, config.training.per_device_train_batch_size,
+            )  # fmt: skip
+            training = prepare(config, run, engine, tokenizer, data, stop)
+            fit(training)
+            training.recorder.finish()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory("training", device) from error
+    finish(config, run, model, tokenizer, data)
+    return Trained(run, model, tokenizer, pair_tokenizer(config, tokenizer))
+
+
+def open_run(config: TrainConfig) -> RunFolder:
+    """The folder that --output_dir names, or the default one."""
+    assert config.model.model_name_or_path is not None and config.data.dataset is not None
+    path = config.training.output_dir or default_output_dir(config.model.model_name_or_path, config.data.dataset)
+    return open_run_folder(path, config.flat(), fresh=config.training.fresh)
+
+
+def load_training_tokenizer(config: TrainConfig) -> Any:
+    """The base's tokenizer with the prompt template of this run as its chat template."""
+    assert config.model.model_name_or_path is not None
+    tokenizer = load_tokenizer(
+        config.model.model_name_or_path, config.model.model_revision, config.model.trust_remote_code
+    )
+    apply_prompt_template(tokenizer, config.data.prompt_template)
+    return tokenizer
+
+
+def load_policy(config: TrainConfig, device: torch.device) -> Any:
+    """The quantized base with the policy's adapter, and the reference's where that is an adapter too."""
+    name = config.model.model_name_or_path
+    assert name is not None
+    base = load_base(
+        name,
+        device=device,
+        revision=config.model.model_revision,
+        quantization=quantization_of(config.model),
+        dtype=torch.float32 if config.model.dtype == "float32" else torch.bfloat16,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if config.model.reference_model in (None, name):
+        lora = config.lora
+        model = add_adapter(
+            base, r=lora.lora_r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
+            target_modules=lora.lora_target_modules, seed=config.training.seed,
+        )  # fmt: skip
+    else:
+        folder = Path(str(config.model.reference_model))
+        model = load_adapter(base, folder, trainable=True)
+        add_frozen_reference(model, folder)
+    # What a reader of adapter_config.json needs to find this base again: a Hub id with its commit, or a full path.
+    is_local = Path(name).is_dir()
+    model.peft_config[POLICY].base_model_name_or_path = str(Path(name).resolve()) if is_local else name
+    model.peft_config[POLICY].revision = None if is_local else getattr(base.config, "_commit_hash", None)
+    return model
+
+
+def prepare(
+    config: TrainConfig, run: RunFolder, engine: Engine, tokenizer: Any, data: TrainingData, stop: StopFlag
+) -> Training:
+    """Put optimizer, schedule, records and samples together."""
+    options = config.training
+    schedule = make_schedule(
+        data.train, config.pairs_per_step, epochs=options.num_train_epochs, max_steps=options.max_steps, seed=options.seed
+    )
+    run.update_status(status="training", total_steps=schedule.total_steps, data=data.fingerprint, environment=describe())
+    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(
+        options.optim, parameters, engine.device, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon, weight_decay=options.weight_decay,
+    )  # fmt: skip
+    prompts = list({tuple(data.pairs[index].prompt_ids): None for index in data.held_out})[:SAMPLE_PROMPTS]
+    samples = SamplePrinter(
+        engine.model, tokenizer, prompts if options.sample_generate else [], run.path / SAMPLES,
+        max_new_tokens=options.max_new_tokens, end_id=pair_tokenizer(config, tokenizer).end_id,
+    )  # fmt: skip
+    return Training(
+        run=run,
+        options=options,
+        engine=engine,
+        schedule=schedule,
+        eval_indices=data.held_out,
+        optimizer=optimizer,
+        scheduler=make_scheduler(
+            options.lr_scheduler_type, optimizer, warmup_ratio=options.warmup_ratio, total_steps=schedule.total_steps
+        ),
+        recorder=Recorder(
+            run.metrics, start_trackers(options.report_to, run.path, options.run_name or run.path.name, config.flat())
+        ),
+        stop=stop,
+        show_samples=samples,
+        has_dropout=config.lora.lora_dropout > 0,
+    )
+
+
+def finish(config: TrainConfig, run: RunFolder, model: Any, tokenizer: Any, data: TrainingData) -> None:
+    """Write the adapter, the tokenizer, the curves and the card, and mark the run finished."""
+    try:
+        save_adapter(model, run.path)
+        tokenizer.save_pretrained(run.path)
+        draw_curves(run.metrics, run.path / CURVES)
+        write_model_card(
+            run.path / CARD,
+            name=run.path.name,
+            version=__version__,
+            base=str(config.model.model_name_or_path),
+            dataset=str(config.data.dataset),
+            options=config.flat(),
+            quantization=quantization_of(config.model),
+            data_summary=data.summary(),
+            last_metrics=read_metrics(run.metrics)[-1],
+        )
+    except OSError as error:
+        raise StorageError(
+            f"{run.path} cannot be written: {error.strerror or error}. The last checkpoint is safe; make room and run "
+            "the same command again."
+        ) from error
+    run.update_status(status="finished")
+    print(f"Adapter, curves and card are in {run.path}.", file=sys.stderr)
+
+
+def pair_tokenizer(config: TrainConfig, tokenizer: Any) -> PairTokenizer:
+    """The tokenization of this run, for prompts to generate from."""
+    return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length)

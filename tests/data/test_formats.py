@@ -1,0 +1,201 @@
+"""Each rule of how a row becomes a pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
+from qlora_dpo.data.hh_rlhf import JOINED_TURNS
+from qlora_dpo.data.preferences import PreferencePair, RowError
+from qlora_dpo.errors import UsageError
+
+USER = {"role": "user", "content": "q"}
+NAMES = ColumnNames()
+
+
+def dialogue(*turns: str) -> str:
+    """H:text and A:text to the markers of hh-rlhf."""
+    speakers = {"H": "Human", "A": "Assistant"}
+    return "".join(f"\n\n{speakers[turn[0]]}: {turn[2:]}" for turn in turns)
+
+
+def hh(chosen: str, rejected: str, **more: Any) -> PreferencePair:
+    return parse_row("hh-rlhf", {"chosen": chosen, "rejected": rejected, **more}, NAMES, "f:1").pair
+
+
+def refusal(name: str, values: dict[str, Any]) -> str:
+    with pytest.raises(RowError) as error:
+        parse_row(name, values, NAMES, "f:1")
+    return str(error.value)
+
+
+def test_hh_rlhf_keeps_the_common_first_words_of_the_answers() -> None:
+    pair = hh(dialogue("H:q", "A:I think yes"), dialogue("H:q", "A:I think no"))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), "I think yes", "I think no")
+    assert pair.origin == "f:1"
+
+
+def test_hh_rlhf_keeps_all_turns_of_the_history_stripped() -> None:
+    history = ("H: a ", "A:b\n", "H:c\nd")
+    pair = hh(dialogue(*history, "A:x"), dialogue(*history, "A:y"))
+    assert [(m["role"], m["content"]) for m in pair.prompt if not isinstance(m, str)] == [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c\nd"),
+    ]
+
+
+def test_hh_rlhf_reads_windows_line_ends() -> None:
+    text = dialogue("H:q", "A:x").replace("\n", "\r\n")
+    assert hh(text, dialogue("H:q", "A:y")).chosen == "x"
+
+
+def test_hh_rlhf_joins_turns_of_one_speaker_and_counts_it() -> None:
+    values = {"chosen": dialogue("H:a", "H:b", "A:x", "A:y"), "rejected": dialogue("H:a", "H:b", "A:z")}
+    parsed = parse_row("hh-rlhf", values, NAMES, "")
+    assert parsed.pair.prompt == ({"role": "user", "content": "a\n\nb"},)
+    assert (parsed.pair.chosen, parsed.repairs) == ("x\n\ny", (JOINED_TURNS,))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        (dialogue("H:q", "A:x", "H:r"), "chosen: the dialogue ends with Human, so there is no answer"),
+        (dialogue("A:x", "H:q", "A:y"), "chosen: the dialogue does not start with Human"),
+        ("Once" + dialogue("H:q", "A:x"), "chosen: text before the first marker (4 characters)"),
+        ("no markers", "chosen: text before the first marker (10 characters)"),
+        ("  ", "chosen: holds no dialogue"),
+        (dialogue("H:q", "A: \n"), "chosen: the answer is empty"),
+        (dialogue("H:", "A:x"), "chosen: a turn of the history is empty (turn 1)"),
+        (dialogue("H:q", "A:", "H:r", "A:x"), "chosen: a turn of the history is empty (turn 2)"),
+        (dialogue("H:other", "A:x"), "rejected: its history differs from that of chosen (turn 1)"),
+        (dialogue("H:q", "A:x", "H:r", "A:x"), "rejected: its history differs from that of chosen (turn 2)"),
+        (dialogue("H:q", "A:y"), "rejected: the same answer as chosen"),
+        (None, "chosen: null"),
+        (7, "chosen: must be text (it is number)"),
+        (["x"], "chosen: must be text (it is list)"),
+        ("\n\nHuman: \ud800\n\nAssistant: x", "chosen: holds half of a surrogate pair, which is no character"),
+    ],
+)
+def test_hh_rlhf_refuses_with_the_reason(chosen: Any, reason: str) -> None:
+    assert refusal("hh-rlhf", {"chosen": chosen, "rejected": dialogue("H:q", "A:y")}) == reason
+
+
+def test_missing_column_is_named() -> None:
+    assert refusal("hh-rlhf", {"rejected": "x"}) == "chosen: missing"
+    assert refusal("messages", {"chosen": "x", "prompt": "q"}) == "rejected: missing"
+
+
+def test_plaintext_is_taken_exactly_and_from_the_named_columns() -> None:
+    names = ColumnNames("question", "good", "bad")
+    pair = parse_row("plaintext", {"question": " q\n", "good": " a ", "bad": "b\n"}, names, "").pair
+    assert (pair.prompt, pair.chosen, pair.rejected) == (" q\n", " a ", "b\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": "\n"}, "prompt: the prompt is empty"),
+        ({"prompt": float("nan")}, "prompt: must be text (it is number)"),
+        ({"chosen": " \n"}, "chosen: the answer is empty"),
+        ({"rejected": "a"}, "rejected: the same answer as chosen"),
+        ({"category": 3}, "category: must be text (it is number)"),
+        ({"confidence": "0.5"}, "confidence: must be a number (it is text)"),
+        ({"confidence": True}, "confidence: must be a number (it is boolean)"),
+        ({"confidence": 0}, "confidence: must be above 0 and at most 1 (it is 0)"),
+        ({"confidence": 1.5}, "confidence: must be above 0 and at most 1 (it is 1.5)"),
+        ({"confidence": float("nan")}, "confidence: must be above 0 and at most 1 (it is nan)"),
+        ({"confidence": 10**5000}, "confidence: must be above 0 and at most 1 (it is a huge number)"),
+    ],
+)
+def test_plaintext_refuses_with_the_reason(change: dict[str, Any], reason: str) -> None:
+    assert refusal("plaintext", {"prompt": "q", "chosen": "a", "rejected": "b", **change}) == reason
+
+
+def test_category_and_confidence_are_kept() -> None:
+    values = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    pair = parse_row("plaintext", {**values, "category": "math", "confidence": 0.75}, NAMES, "").pair
+    assert (pair.category, pair.confidence) == ("math", 0.75)
+    pair = parse_row("plaintext", {**values, "category": None, "confidence": None}, NAMES, "").pair
+    assert (pair.category, pair.confidence) == (None, 1.0)
+
+
+def message(content: Any, role: str = "assistant") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("prompt", ["q", USER, [USER]])
+@pytest.mark.parametrize("answer", [lambda t: t, message, lambda t: [message(t)], lambda t: [USER, message(t)]])
+def test_messages_takes_every_shape_of_prompt_and_answer(prompt: Any, answer: Any) -> None:
+    values = {"prompt": prompt, "chosen": answer(" a "), "rejected": answer("b")}
+    pair = parse_row("messages", values, NAMES, "").pair
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), " a ", "b")
+
+
+def test_messages_without_prompt_takes_the_common_messages() -> None:
+    history = [message("", "system"), USER, message("a"), message("r", "user")]
+    pair = parse_row("messages", {"chosen": [*history, message("x")], "rejected": [*history, message("y")]}, NAMES, "")
+    assert (list(pair.pair.prompt), pair.pair.chosen, pair.pair.rejected) == (history, "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"chosen": [USER]}, "chosen: the last message must be the assistant's (it is by user)"),
+        ({"chosen": []}, "chosen: an empty list of messages"),
+        ({"chosen": [message(["part"])]}, "chosen[0].content: must be text (it is list)"),
+        ({"chosen": [message(None)]}, "chosen[0].content: null"),
+        ({"chosen": [message("")]}, "chosen: the answer is empty"),
+        ({"chosen": ["text"]}, "chosen[0]: a message must be an object with role and content (it is text)"),
+        ({"chosen": [{"from": "gpt", "value": "x"}]}, "chosen[0].role: must be one of system, user, assistant (it is None)"),
+        ({"chosen": [{"role": "assistant"}]}, "chosen[0].content: missing"),
+        ({"chosen": [{**message("x"), "tool_calls": [1]}]}, "chosen[0]: a message has keys besides role and content ('tool_calls')"),
+        ({"prompt": [message("a")]}, "prompt: the message before the answers must be the user's"),
+        ({"prompt": [message(" ", "user")]}, "prompt[0].content: an empty message"),
+        ({"prompt": None}, "prompt: null"),
+        ({"chosen": [message("z", "user"), message("x")]}, "chosen: the messages before its answer are not those of prompt"),
+        ({"rejected": [message("x")]}, "rejected: the same answer as chosen"),
+    ],
+)  # fmt: skip
+def test_messages_refuses_with_the_reason(values: dict[str, Any], reason: str) -> None:
+    row = {"prompt": [USER], "chosen": [message("x")], "rejected": [message("y")], **values}
+    assert refusal("messages", row) == reason
+
+
+def test_messages_without_prompt_refuses_unequal_histories() -> None:
+    row = {"chosen": [USER, message("x")], "rejected": [message("z", "user"), message("y")]}
+    assert refusal("messages", row) == "rejected: the messages before its answer are not those of chosen"
+    row = {"chosen": [message("x")], "rejected": [message("y")]}
+    assert refusal("messages", row) == "prompt: the message before the answers must be the user's"
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"chosen": dialogue("H:q", "A:x"), "rejected": dialogue("H:q", "A:y"), "id": 3}, "hh-rlhf"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "plaintext"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "messages"),
+        ({"prompt": "q", "chosen": [USER, message("a")], "rejected": [USER, message("b")]}, "messages"),
+        ({"chosen": [USER, message("a")], "rejected": [USER, message("b")]}, "messages"),
+    ],
+)
+def test_the_format_is_known_by_the_columns(values: dict[str, Any], name: str) -> None:
+    assert detect_format(values) == name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"question": "q", "answer": "a"},
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": dialogue("H:q", "A:x"), "rejected": dialogue("H:q", "A:y")},
+    ],
+)
+def test_an_unclear_format_lists_columns_and_formats(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as error:
+        detect_format(values)
+    for expected in [*values, "hh-rlhf", "plaintext", "messages", "--dataset_format"]:
+        assert expected in str(error.value)
