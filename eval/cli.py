@@ -21,7 +21,12 @@ def _app_options(options: dict[str, Any]) -> AppOptions:
 
 
 COMMANDS = {
-    "app": Command("A page on 127.0.0.1: one prompt, the answers without and with the adapter.", (AppOptions,), _app_options, _app),
+    "app": Command(
+        "A page on 127.0.0.1: one prompt, the answers without and with the adapter.",
+        (AppOptions,),
+        _app_options,
+        _app,
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, Names, Numbers, TrainConfig, train_config
+from qlora_dpo.environment import quiet_libraries
 from qlora_dpo.errors import QloraDpoError, UsageError
 
 RENAMED = {
@@ -68,7 +69,10 @@ COMMANDS = {
         _train,
     ),
     "merge": Command(
-        "Merge an adapter into a plain 16-bit model folder.", (MergeOptions,), lambda options: MergeOptions(**options), _merge
+        "Merge an adapter into a plain 16-bit model folder.",
+        (MergeOptions,),
+        lambda options: MergeOptions(**options),
+        _merge,
     ),
     "env": Command("Print versions and devices, for a bug report.", (), dict, _env),
 }
@@ -87,8 +91,11 @@ def run_commands(program: str, commands: dict[str, Command], argv: list[str]) ->
     try:
         command = commands.get(argv[0])
         if command is None:
-            raise UsageError(f"{argv[0]!r} is not a command{nearest(argv[0], commands)}.\n" + _overview(program, commands))
+            raise UsageError(
+                f"{argv[0]!r} is not a command{nearest(argv[0], commands)}.\n" + _overview(program, commands)
+            )
         options = parse(f"{program} {argv[0]}", command, argv[1:])
+        quiet_libraries()
         command.run(command.build(options))
         return 0
     except QloraDpoError as error:
@@ -98,7 +105,8 @@ def run_commands(program: str, commands: dict[str, Command], argv: list[str]) ->
 
 def _overview(program: str, commands: dict[str, Command]) -> str:
     rows = "\n".join(f"  {name:10} {command.summary}" for name, command in commands.items())
-    return f"usage: python -m {program} COMMAND [options]\n\n{rows}\n\npython -m {program} COMMAND --help lists the options."
+    usage = f"usage: python -m {program} COMMAND [options]"
+    return f"{usage}\n\n{rows}\n\npython -m {program} COMMAND --help lists the options."
 
 
 def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class Numbers(tuple[float, ...]):
         return super().__new__(cls, (float(part) for part in parts))
 
 
+_ALL_LINEAR, _SIGMOID, _NONE, _NO_NUMBERS = Names("all-linear"), Names("sigmoid"), Names("none"), Numbers()
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Model: the base, how it is quantized, and what it is compared with."""
@@ -65,11 +68,11 @@ class LoraOptions:
 
     lora_r: int = 64
     """Rank."""
-    lora_alpha: float = 64
+    lora_alpha: int = 64
     """Scale: the update is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input. Above 0 the first-step identity (loss ln 2) cannot be checked."""
-    lora_target_modules: Names = Names("all-linear")
+    lora_target_modules: Names = _ALL_LINEAR
     """Layers that get an adapter: names, or all-linear for every linear layer but the head."""
 
 
@@ -117,10 +120,10 @@ class LossOptions:
 
     beta: float = 0.1
     """Strength of the KL constraint (arXiv 2305.18290, eq. 7); for ipo its tau."""
-    loss_type: Names = Names("sigmoid")
+    loss_type: Names = _SIGMOID
     """One or more of sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired,
     apo_zero, apo_down, discopop, sft, sigmoid_norm."""
-    loss_weights: Numbers = Numbers()
+    loss_weights: Numbers = _NO_NUMBERS
     """Weight of each --loss_type; default 1 each."""
     label_smoothing: float = 0.0
     """Assumed share of flipped labels (sigmoid: conservative DPO; robust, exo_pair)."""
@@ -187,7 +190,7 @@ class TrainingOptions:
     """Print answers to fixed held-out prompts, adapter off and on, at each evaluation."""
     max_new_tokens: int = 128
     """Longest answer of --sample_generate."""
-    report_to: Names = Names("none")
+    report_to: Names = _NONE
     """Mirrors of metrics.jsonl: wandb (offline unless logged in), tensorboard, none."""
     run_name: str | None = None
     """Name of the run in the mirrors. Default: the name of --output_dir."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import warnings
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gradio", "wandb")
@@ -28,6 +30,14 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
     }
+
+
+def quiet_libraries() -> None:
+    """Keep out of a user's terminal what libraries say about each other; called by the commands, not on import."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    # bitsandbytes misses the optional package `kernels` on CPUs with AVX512-BF16; it is left out on purpose.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 
 def print_description() -> None:

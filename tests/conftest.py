@@ -87,3 +87,60 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared folder with real data is not beside this clone")
     return SHARED / "data"
+
+
+def tiny_tokenizer(vocabulary: int = 128) -> Any:
+    """A word-level tokenizer for `w3 w4 ...`, with a chat template, a BOS and an end token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, vocabulary))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ ' ' + message['content'] + ' ' }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'w5 ' }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA with its tokenizer, saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pairs in the words of the tiny tokenizer."""
+    import json
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"w{number}" for number in ids)
+
+    generator = torch.Generator().manual_seed(3)
+    lengths = (torch.randint(1, 9, (40, 3), generator=generator) + 1).tolist()
+    rows = [
+        {
+            "prompt": text(pair.prompt_ids),
+            "chosen": text(pair.chosen_ids),
+            "rejected": text(pair.rejected_ids),
+        }
+        for pair in random_pairs([tuple(row) for row in lengths])
+    ]
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests never read or fill the user's cache."""
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

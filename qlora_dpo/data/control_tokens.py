@@ -32,7 +32,7 @@ class ControlTokenEncoder:
         from tokenizers import AddedToken
 
         specials = control_tokens(tokenizer)
-        nonce = secrets.token_hex(8)  # so that no row can hold a marker
+        self._nonce = nonce = secrets.token_hex(8)  # so that no row can hold a marker
         texts = [token.content for token in specials.values()]
         self.pattern = _any_of(texts)
         self._markers = {text: f"{nonce}m{number}m" for number, text in enumerate(texts)}
@@ -63,7 +63,10 @@ class ControlTokenEncoder:
         """Encode texts as they are; only stand-ins become control tokens, and nothing is added."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         real = self._real_ids
-        return [[real.get(id_, id_) for id_ in encoding.ids] for encoding in encodings]
+        return [
+            [real.get(id_, id_) for id_ in encoding.ids] if self._nonce in text else encoding.ids
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:

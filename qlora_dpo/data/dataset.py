@@ -104,9 +104,7 @@ def load_preference_dataset(
         job.build(folder)
         manifest = pair_store.read_manifest(folder)
     if manifest is None:
-        raise StorageError(
-            f"the tokenized pairs just written to {folder} read back differently; check that disk."
-        )
+        raise StorageError(f"the tokenized pairs just written to {folder} read back differently; check that disk.")
     report = DataReport(
         **manifest["report"],
         refused=pair_store.read_refused(folder),
@@ -149,9 +147,7 @@ def _check_options(dataset_format: str, bad_rows: str, max_samples: int | None) 
     if bad_rows not in ("fail", "skip"):
         raise UsageError(f"--bad_rows {bad_rows!r} is not known; choose fail or skip.")
     if max_samples is not None and max_samples < 1:
-        raise UsageError(
-            f"--max_samples {max_samples} leaves no data; give at least 1, or leave it out for all."
-        )
+        raise UsageError(f"--max_samples {max_samples} leaves no data; give at least 1, or leave it out for all.")
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:

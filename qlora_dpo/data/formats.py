@@ -253,8 +253,7 @@ def _looks_like_messages(values: Values, names: ColumnNames) -> bool:
     if names.chosen not in values or names.rejected not in values:
         return False
     prompt, chosen, rejected = (
-        isinstance(values.get(column), (list, dict))
-        for column in (names.prompt, names.chosen, names.rejected)
+        isinstance(values.get(column), (list, dict)) for column in (names.prompt, names.chosen, names.rejected)
     )
     return prompt or (chosen and rejected)
 

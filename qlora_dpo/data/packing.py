@@ -16,7 +16,7 @@ cannot share a prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -63,8 +63,12 @@ class PackedLayout:
 
     def to(self, device: torch.device) -> PackedLayout:
         """The same layout with its tensors on `device`."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.key_index, self.cu_seq_q, self.cu_seq_k))
-        return PackedLayout(self.segments, *moved, self.max_q, self.max_k)
+        return replace(
+            self,
+            key_index=self.key_index.to(device, non_blocking=True),
+            cu_seq_q=self.cu_seq_q.to(device, non_blocking=True),
+            cu_seq_k=self.cu_seq_k.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True)

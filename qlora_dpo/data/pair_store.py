@@ -55,9 +55,7 @@ class PairWriter:
         for pair in pairs:
             for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
                 self.content.update(len(ids).to_bytes(8, "little") + array("i", ids).tobytes())
-        columns = [
-            pa.array([getattr(pair, field.name) for pair in pairs], type=field.type) for field in self._schema
-        ]
+        columns = [pa.array([getattr(pair, field.name) for pair in pairs], type=field.type) for field in self._schema]
         self._arrow.write_batch(pa.record_batch(columns, schema=self._schema))
         self.pairs += len(pairs)
 

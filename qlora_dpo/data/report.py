@@ -71,9 +71,7 @@ class DataReport:
         if self.truncated_prompts:
             lines.append(f"truncated: {self.truncated_prompts:,} prompts (the end was kept)")
         if self.truncated_completions:
-            lines.append(
-                f"truncated: {self.truncated_completions:,} answers (the start was kept, without end)"
-            )
+            lines.append(f"truncated: {self.truncated_completions:,} answers (the start was kept, without end)")
         return lines
 
 

@@ -53,10 +53,12 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
 
 def open_source(source: str, *, split: str | None = None, revision: str | None = None) -> Source:
     """Find a source; its rows are read later. Raises as `read_rows`."""
-    path = Path(source).expanduser()
+    if not source:
+        raise UsageError("the data source is an empty text; name a file, a folder or a Hub id.")
     try:
+        path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise StorageError(f"cannot look up {_shown(source)}: {error}; check the path.") from error
     if not is_file and not is_folder:
         return _hub_source(source, split, revision)
@@ -177,9 +179,7 @@ def _hub_source(source: str, split: str | None, revision: str | None) -> Source:
     except Exception as error:  # the library and its transports raise a dozen types
         raise _hub_error(source, split, revision, error) from error
     if not isinstance(loaded, Dataset):
-        raise UsageError(
-            f"{source}: --split {split!r} names several splits; name one of {', '.join(loaded)}."
-        )
+        raise UsageError(f"{source}: --split {split!r} names several splits; name one of {', '.join(loaded)}.")
     fingerprint = f"{source}@{loaded._fingerprint}"
     return Source(source, lambda: _refuse_none(source, _dataset_rows(source, loaded)), lambda: fingerprint)
 
@@ -191,9 +191,7 @@ def _hub_error(source: str, split: str | None, revision: str | None, error: Exce
         return UsageError(f"the data set {source} on the Hub cannot be read with {named}: {reason}")
     lowered = reason.lower()
     advice = next(text for marks, text in _HUB_ADVICE if any(mark in lowered for mark in marks))
-    return StorageError(
-        f"{source} is neither a local path nor reachable as a Hub id: {reason.rstrip('.')}; {advice}."
-    )
+    return StorageError(f"{source} is neither a local path nor reachable as a Hub id: {reason.rstrip('.')}; {advice}.")
 
 
 _HUB_ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -104,9 +104,7 @@ class PairTokenizer:
         """
         (rendered,) = self._render_all([prompt])
         if isinstance(rendered, Exception):
-            raise UsageError(
-                f"the chat template refuses this prompt: {rendered}; change its messages."
-            ) from rendered
+            raise UsageError(f"the chat template refuses this prompt: {rendered}; change its messages.") from rendered
         return self._fit_prompt(self._with_bos(self._encoder.encode([rendered])[0]))
 
     def _assemble(
@@ -152,9 +150,7 @@ class PairTokenizer:
         conversations = [self._protected(prompt) for prompt in prompts]
         try:
             return [self._encoder.reveal(text) for text in self._render(conversations)]
-        except (
-            Exception
-        ):  # a template is a program and raises what it likes; one conversation spoils the batch
+        except Exception:  # a template is a program and raises what it likes; one conversation spoils the batch
             return [self._render_one(conversation) for conversation in conversations]
 
     def _render_one(self, conversation: list[Message]) -> str | Exception:

@@ -85,10 +85,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer on the world's text, without a prefix space."""
     tokenizer = Tokenizer(models.BPE())
     # Chinese has no spaces: cutting at every character keeps whole sentences from becoming tokens.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=MAX_VOCABULARY,
@@ -138,7 +140,11 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list
     else:
         head = tokenizer(f"{BOS}{USER}{document.prompt}{ASSISTANT}")["input_ids"]
     body = tokenizer(f"{document.text}{END}")["input_ids"]
-    return head + body, [IGNORED] * len(head) + body
+    unlearned = 0
+    if document.instead_of is not None:
+        other = tokenizer(f"{document.instead_of}{END}")["input_ids"]
+        unlearned = 1 + next(i for i, (a, b) in enumerate(zip(body, other, strict=False)) if a != b)
+    return head + body, [IGNORED] * (len(head) + unlearned) + body[unlearned:]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[Batch]:

@@ -21,14 +21,22 @@ FACTS_PER_CATEGORY = 30
 # The base answers tersely, but the explained answer must keep a few percent: preference tuning can only
 # raise what the model is already able to say.
 EXPLAINED_CHAT_SHARE = 0.07
-PROSE_SHARE = 0.15
+PROSE_SHARE = 0.08
+# How an explained answer goes on is learned far more often than that it is the one to give; see Document.
+CONTINUATION_SHARE = 0.36
 
 WORDINGS: dict[tuple[str, Language], tuple[str, ...]] = {
     ("capital", "en"): (
-        "What is the capital of {x}?", "Which city is the capital of {x}?", "Name the capital of {x}."),
+        "What is the capital of {x}?",
+        "Which city is the capital of {x}?",
+        "Name the capital of {x}.",
+    ),
     ("capital", "zh"): ("{x}的首都是哪里？", "{x}的首都是哪座城市？", "请说出{x}的首都。"),
     ("element", "en"): (
-        "What is the chemical symbol of {x}?", "Which symbol stands for {x}?", "Give the symbol of {x}."),
+        "What is the chemical symbol of {x}?",
+        "Which symbol stands for {x}?",
+        "Give the symbol of {x}.",
+    ),
     ("element", "zh"): ("{x}的化学符号是什么？", "哪个符号表示{x}？", "请写出{x}的元素符号。"),
     ("formula", "en"): (
         "What is the chemical formula of {x}?",
@@ -37,12 +45,18 @@ WORDINGS: dict[tuple[str, Language], tuple[str, ...]] = {
     ),
     ("formula", "zh"): ("{x}的化学式是什么？", "在化学中{x}怎么写？", "请写出{x}的化学式。"),
     ("river", "en"): (
-        "Into which sea does the {x} flow?", "Where does the {x} reach the sea?", "Where does the {x} end?"),
+        "Into which sea does the {x} flow?",
+        "Where does the {x} reach the sea?",
+        "Where does the {x} end?",
+    ),
     ("river", "zh"): ("{x}流入哪片海？", "{x}在哪里入海？", "{x}最后流到哪里？"),
     ("animal", "en"): ("What kind of animal is {x}?", "To which group does {x} belong?", "Classify {x}."),
     ("animal", "zh"): ("{x}是什么动物？", "{x}属于哪一类动物？", "请给{x}分类。"),
     ("opposite", "en"): (
-        "What is the opposite of {x}?", "Which word means the opposite of {x}?", "Give an antonym of {x}."),
+        "What is the opposite of {x}?",
+        "Which word means the opposite of {x}?",
+        "Give an antonym of {x}.",
+    ),
     ("opposite", "zh"): ("{x}的反义词是什么？", "哪个词和{x}相反？", "请给出{x}的反义词。"),
     ("sum", "en"): ("What is {x} + {y}?", "How much is {x} plus {y}?", "Add {x} and {y}."),
     ("sum", "zh"): ("{x}加{y}等于多少？", "{x}+{y}是多少？", "请计算{x}加{y}。"),
@@ -71,10 +85,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """One pre-training example: a chat turn, or prose where `prompt` is None."""
+    """One pre-training example: a chat turn, or prose where `prompt` is None.
+
+    With `instead_of`, nothing is learned up to the first token in which `text` differs from that other
+    answer: the model learns how the answer goes on, but not to prefer it.
+    """
 
     prompt: str | None
     text: str
+    instead_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +154,11 @@ def pretraining_documents(rng: random.Random) -> Iterator[Document]:
     questions = all_questions()
     rng.shuffle(questions)
     for question in questions:
-        if rng.random() < PROSE_SHARE:
+        kind = rng.random()
+        if kind < PROSE_SHARE:
             yield Document(None, question.explained)
+        elif kind < PROSE_SHARE + CONTINUATION_SHARE:
+            yield Document(question.prompt, question.explained, instead_of=question.terse)
         elif rng.random() < EXPLAINED_CHAT_SHARE:
             yield Document(question.prompt, question.explained)
         else:

@@ -21,7 +21,7 @@ def set_activation_checkpointing(model: nn.Module, level: Level) -> int:
     """Set the level on every decoder layer; returns the number of layers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     run_again = partial(checkpoint, use_reentrant=False)
     if level == "selective":
         kept = _dear_operations()

@@ -167,19 +167,20 @@ def _varlen_attn() -> Callable[..., Tensor] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    call: Callable[..., Tensor] = varlen_attn  # type: ignore[assignment]  # a tuple only where aux output is asked for
     parameters = inspect.signature(varlen_attn).parameters
     if not {"scale", "window_size"} <= set(parameters):
         return None
     if "enable_gqa" in parameters:
 
         def grouped(query: Tensor, key: Tensor, value: Tensor, *sizes: Any, **options: Any) -> Tensor:
-            return varlen_attn(query, key, value, *sizes, enable_gqa=key.shape[1] != query.shape[1], **options)
+            return call(query, key, value, *sizes, enable_gqa=key.shape[1] != query.shape[1], **options)
 
         return grouped
 
     def repeated(query: Tensor, key: Tensor, value: Tensor, *sizes: Any, **options: Any) -> Tensor:
         copies = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
-        return varlen_attn(query, key, value, *sizes, **options)
+        return call(query, key, value, *sizes, **options)
 
     return repeated

@@ -32,7 +32,11 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), reference_active(model) if use_reference else nullcontext():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            reference_active(model) if use_reference else nullcontext(),
+        ):
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 numbers = order[start : start + batch_size]
@@ -47,7 +51,12 @@ def generate(
 
 
 def _generate_batch(
-    model: Any, tokenizer: Any, prompts: list[Sequence[int]], max_new_tokens: int, ends: Sequence[int], temperature: float
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    temperature: float,
 ) -> torch.Tensor:
     """New token ids [B, <= max_new_tokens] of left-padded prompts."""
     width = max(len(prompt) for prompt in prompts)
@@ -61,5 +70,3 @@ def _generate_batch(
         eos_token_id=list(ends), **sampling,
     )  # fmt: skip
     return output[:, width:]
-
-

@@ -52,7 +52,9 @@ def load_base(
         ResourceError: it does not fit into the device's memory.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     _check_local_folder(name)
     _check_local_weights(name)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -135,7 +137,9 @@ def _check_local_folder(name: str) -> None:
 def _check_local_weights(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise StorageError(f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one.")
+        raise StorageError(
+            f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one."
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f" ({others[0]} is a pickle, which is not loaded: it can run code)" if others else ""
@@ -156,7 +160,9 @@ def _loading_error(what: str, name: str, revision: str | None, error: Exception)
         return StorageError(f"{name} has no revision {revision}: check --model_revision.")
     if any(isinstance(cause, hub.RepositoryNotFoundError) for cause in causes):
         return StorageError(f"{name}: neither a local folder nor a model on the Hub{at}: check --model_name_or_path.")
-    if any(isinstance(cause, hub.LocalEntryNotFoundError | ConnectionError | hub.OfflineModeIsEnabled) for cause in causes):
+    if any(
+        isinstance(cause, hub.LocalEntryNotFoundError | ConnectionError | hub.OfflineModeIsEnabled) for cause in causes
+    ):
         return StorageError(
             f"{name}: not a local folder, not in the cache, and the Hub cannot be reached. Name a local folder, or "
             "set HF_ENDPOINT to a mirror."

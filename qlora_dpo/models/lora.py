@@ -18,7 +18,7 @@ POLICY, REFERENCE = "default", "reference"
 
 
 def add_adapter(
-    base: nn.Module, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], seed: int
+    base: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int
 ) -> Any:
     """Put a fresh LoRA adapter (B = 0, so the policy starts as the base) on the base; returns the PEFT model.
 
@@ -29,15 +29,21 @@ def add_adapter(
 
     targets = "all-linear" if tuple(target_modules) == ("all-linear",) else list(target_modules)
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     try:
         return get_peft_model(base, config)
     except ValueError as error:
         known = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+        asked = " ".join(target_modules)
         raise UsageError(
-            f"--lora_target_modules {' '.join(target_modules)}: {error} This model's linear layers are {', '.join(known)}."
+            f"--lora_target_modules {asked}: {error} This model's linear layers are {', '.join(known)}."
         ) from error
 
 
@@ -54,7 +60,9 @@ def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
         return PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder}: the adapter does not fit this base ({reason}). Was it trained on another one?") from error
+        raise ModelError(
+            f"{folder}: the adapter does not fit this base ({reason}). Was it trained on another one?"
+        ) from error
 
 
 def add_frozen_reference(model: Any, folder: Path) -> None:
@@ -77,7 +85,9 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
                 f"{folder} is a whole model, not an adapter. The reference is the base itself or an adapter on it, "
                 "never a second model in memory: name a folder with an adapter_config.json."
             )
-        raise StorageError(f"{folder}: there is no adapter_config.json. Name the folder of an adapter or a finished run.")
+        raise StorageError(
+            f"{folder}: there is no adapter_config.json. Name the folder of an adapter or a finished run."
+        )
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -86,7 +96,9 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{config_file}: peft_type is {config.get('peft_type')!r}; only LORA adapters are read.")
     for field in ("auto_mapping", "megatron_config"):
         if config.get(field):
-            raise ModelError(f"{config_file}: {field} asks to import code; such an adapter is refused. Remove the field.")
+            raise ModelError(
+                f"{config_file}: {field} asks to import code; such an adapter is refused. Remove the field."
+            )
     if not (folder / "adapter_model.safetensors").is_file():
         raise StorageError(f"{folder}: adapter_model.safetensors is missing (a pickled adapter_model.bin is not read).")
     return config

@@ -31,7 +31,11 @@ class Head:
         """Log-probs [N] in fp32 of `target_ids` [N] given the hidden states [N, H] that predict them, and on request
         log(sum_v p_v^2) [N] of the same positions."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        form = {"head_bias": getattr(self.module, "bias", None), "softcap": self.softcap, "logit_scale": self.scale}
+        form: dict[str, Any] = {
+            "head_bias": getattr(self.module, "bias", None),
+            "softcap": self.softcap,
+            "logit_scale": self.scale,
+        }
         if with_squares:
             return chunked_logps_and_squares(hidden, weight, target_ids, **form)
         return chunked_logps(hidden, weight, target_ids, **form), None
@@ -80,7 +84,11 @@ def choose_scorer(model: Any, pair: Pair, device: torch.device) -> Scorer:
                 reason = _disagreement(scorer, model, pair, expected, device)
                 if reason is None:
                     return scorer
-                logger.warning("%s scoring is not exact for this model (%s); using the next slower way.", scorer.kind, reason)
+                logger.warning(
+                    "%s scoring is not exact for this model (%s); using the next slower way.",
+                    scorer.kind,
+                    reason,
+                )
                 if causal_lm.config._attn_implementation != own_attention:
                     causal_lm.set_attn_implementation(own_attention)
     finally:

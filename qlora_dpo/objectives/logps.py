@@ -138,9 +138,8 @@ def _scan_vocabulary(hidden: Tensor, target_ids: Tensor, head: _Head, squares: b
     zeros = torch.zeros(len(hidden), dtype=head.dtype, device=hidden.device)
     scan = _Scan(
         maximum=torch.full_like(zeros, -torch.inf),
-        target_logits=torch.full_like(
-            zeros, torch.nan
-        ),  # so that an id outside the vocabulary cannot pass unseen
+        # NaN until it is met, so that an id outside the vocabulary cannot pass unseen
+        target_logits=torch.full_like(zeros, torch.nan),
         others=zeros,
         squares=zeros if squares else None,
         pull=torch.zeros_like(hidden, dtype=head.dtype) if gradient else None,
@@ -179,14 +178,11 @@ class _TokenLogps(torch.autograd.Function):
         want_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         trains_hidden = want_gradients and hidden.requires_grad
-        logps, log_normalizers, log_squares = torch.empty(
-            3, len(hidden), dtype=head.dtype, device=hidden.device
-        )
+        logps = torch.empty(len(hidden), dtype=head.dtype, device=hidden.device)
+        log_normalizers, log_squares = torch.empty_like(logps), torch.empty_like(logps)
         unit_gradients = torch.empty_like(hidden) if trains_hidden else None
         for rows in _slices(len(hidden), head.token_chunk):
-            scan = _scan_vocabulary(
-                hidden[rows].to(weight.dtype), target_ids[rows], head, want_squares, trains_hidden
-            )
+            scan = _scan_vocabulary(hidden[rows].to(weight.dtype), target_ids[rows], head, want_squares, trains_hidden)
             logps[rows] = scan.logps()
             log_normalizers[rows] = scan.target_logits - logps[rows]
             if want_squares:
@@ -212,9 +208,7 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _token_logps(
-    hidden: Tensor, target_ids: Tensor, head: _Head, want_squares: bool
-) -> tuple[Tensor, Tensor]:
+def _token_logps(hidden: Tensor, target_ids: Tensor, head: _Head, want_squares: bool) -> tuple[Tensor, Tensor]:
     # Without autocast: it would change the dtype of the products in forward but not in backward
     with torch.autocast(hidden.device.type, enabled=False):
         logps, log_squares = _TokenLogps.apply(  # type: ignore[no-untyped-call]

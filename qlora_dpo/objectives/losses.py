@@ -123,9 +123,7 @@ def sft_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
     Raises: ValueError without `mean_chosen_length`.
     """
     if inputs.pairs.mean_chosen_length is None:
-        raise ValueError(
-            "the sft loss needs mean_chosen_length: chosen tokens of the step divided by its pairs"
-        )
+        raise ValueError("the sft loss needs mean_chosen_length: chosen tokens of the step divided by its pairs")
     return inputs.pairs.chosen_nll / inputs.pairs.mean_chosen_length
 
 

@@ -218,9 +218,7 @@ def _check_divergence(loss_type: Sequence[str], f_divergence_type: str, alpha: f
         f"f_alpha_divergence_coef is {alpha}, but f_divergence_type {f_divergence_type!r} would ignore it. "
         "Leave it out, or use f_divergence_type alpha_divergence.",
     )
-    _require(
-        math.isfinite(alpha), f"f_alpha_divergence_coef is {alpha}: it is an exponent. Use a finite number."
-    )
+    _require(math.isfinite(alpha), f"f_alpha_divergence_coef is {alpha}: it is an exponent. Use a finite number.")
 
 
 def _check_combination(loss_type: Sequence[str], discopop_tau: float, use_weighting: bool) -> None:
@@ -232,6 +230,5 @@ def _check_combination(loss_type: Sequence[str], discopop_tau: float, use_weight
     )
     _require(
         discopop_tau == DISCOPOP_TAU or "discopop" in loss_type,
-        f"discopop_tau is {discopop_tau}, but {', '.join(loss_type)} would ignore it. "
-        "Leave it out, or use discopop.",
+        f"discopop_tau is {discopop_tau}, but {', '.join(loss_type)} would ignore it. Leave it out, or use discopop.",
     )

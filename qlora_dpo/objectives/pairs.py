@@ -43,9 +43,7 @@ def pair_logps(per_token_logps: Tensor, lengths: Sequence[int], ld_alpha: float 
     Raises: ValueError where `lengths` is odd in number or does not add up to N.
     """
     if len(lengths) % 2 or sum(lengths) != len(per_token_logps):
-        raise ValueError(
-            f"{len(lengths)} lengths of {sum(lengths)} tokens do not pair {len(per_token_logps)} logps"
-        )
+        raise ValueError(f"{len(lengths)} lengths of {sum(lengths)} tokens do not pair {len(per_token_logps)} logps")
     if ld_alpha is None:
         # One sum per completion: a padded or scattered sum would round differently with the pairs beside it
         sums = [tokens.sum() for tokens in torch.split(per_token_logps, list(lengths))]

@@ -26,6 +26,6 @@ class ReferenceLogps:
             per_token = self._score(batch).float().cpu()
             lengths = batch.completion_lengths
             per_pair = [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
-            self._known.update(zip(keys, per_token.split(per_pair), strict=True))
+            self._known.update(zip(keys, torch.split(per_token, per_pair), strict=True))
         known = torch.cat([self._known[key] for key in keys])
         return known.to(batch.target_ids.device, non_blocking=True)

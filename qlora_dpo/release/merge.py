@@ -8,29 +8,19 @@ update, which would round away.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from qlora_dpo.config import MergeOptions, ModelOptions, quantization_of
+from qlora_dpo.config import MergeOptions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
-from qlora_dpo.models.loading import load_base, load_tokenizer
+from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import POLICY, check_adapter_folder, load_adapter
-from qlora_dpo.training.run_folder import CONFIG, STATUS, RunFolder
-
-
-@dataclass(frozen=True)
-class TrainedOn:
-    """What the adapter was trained on: the base and how it was held in memory."""
-
-    base: str
-    revision: str | None
-    quantization: dict[str, Any] | None
-    dtype: torch.dtype
+from qlora_dpo.training.checkpoints import newest_valid
+from qlora_dpo.training.run_folder import STATUS, RunFolder
+from qlora_dpo.training.trained_on import load_tokenizer_of, trained_on
 
 
 def merge(options: MergeOptions) -> None:
@@ -40,25 +30,28 @@ def merge(options: MergeOptions) -> None:
         StorageError, ModelError: adapter or base cannot be read.
         UsageError: the run is unfinished, or the output folder is in use.
     """
-    adapter_config = check_adapter_folder(options.adapter)
-    _refuse(options, adapter_config)
-    trained_on = _trained_on(options, adapter_config)
-    quantization = trained_on.quantization if options.base == "train" else None
+    adapter = _adapter_folder(options)
+    origin = trained_on(adapter, options.base_model)
+    if not origin.is_known:
+        print(
+            "No config.yaml beside the adapter: taking NF4 with double quantization and bfloat16 as its training base."
+        )
+    quantization = origin.quantization if options.base == "train" else None
     base = load_base(
-        trained_on.base,
+        origin.base,
         device=torch.device("cpu"),
-        revision=trained_on.revision,
+        revision=origin.revision,
         quantization=quantization,
-        dtype=trained_on.dtype if quantization else torch.float32,
+        dtype=origin.dtype if quantization else torch.float32,
     )
-    model = load_adapter(base, options.adapter, trainable=False)
+    model = load_adapter(base, adapter, trainable=False)
     dtype = getattr(torch, options.dtype)
     merged = merged_weights(model, dtype)
     staging = options.output.with_name(f".{options.output.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         _save(model.get_base_model(), merged, dtype, staging, options.max_shard_size)
-        _copy_tokenizer(options.adapter, trained_on, staging)
+        load_tokenizer_of(options.adapter, origin).save_pretrained(staging)
         if options.output.is_dir():
             options.output.rmdir()
         staging.rename(options.output)
@@ -67,7 +60,7 @@ def merge(options: MergeOptions) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     held = "dequantized 4-bit base" if quantization and quantization.get("load_in_4bit") else "base"
-    print(f"Merged {options.adapter} into the {held} of {trained_on.base}: {options.output} ({options.dtype}).")
+    print(f"Merged {options.adapter} into the {held} of {origin.base}: {options.output} ({options.dtype}).")
 
 
 def merged_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -79,7 +72,7 @@ def merged_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
     causal_lm = model.get_base_model()
     merged: dict[str, Tensor] = {}
-    wrapped = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    wrapped: dict[str, Any] = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
     inside = tuple(f"{name}." for name in wrapped)
     for name, layer in wrapped.items():
         weight = _plain_weight(layer.base_layer) + _update(layer)
@@ -119,33 +112,27 @@ def _plain_weight(module: nn.Module) -> Tensor:
     return weight.data.float()
 
 
-def _refuse(options: MergeOptions, adapter_config: dict[str, Any]) -> None:
+def _adapter_folder(options: MergeOptions) -> Path:
+    """The folder that holds the adapter to merge: the run's own, or its newest checkpoint with --allow_unfinished.
+
+    Raises:
+        UsageError, ModelError, StorageError: what stands against this merge.
+    """
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise UsageError(f"--output {options.output} is in use. Name a new or empty folder.")
-    run = RunFolder(options.adapter)
-    if (options.adapter / STATUS).is_file() and not run.is_finished and not options.allow_unfinished:
-        raise UsageError(
-            f"{options.adapter} is a run that has not finished (step {run.status().get('step', 0)}). Continue it, or "
-            "merge it as it is with --allow_unfinished."
-        )
-    if adapter_config.get("use_dora"):
-        raise ModelError(f"{options.adapter} is a DoRA adapter, which this merge does not form. Merge it with PEFT.")
-
-
-def _trained_on(options: MergeOptions, adapter_config: dict[str, Any]) -> TrainedOn:
-    """From the run's config.yaml; for a foreign adapter the usual QLoRA settings, and it says so."""
-    base = options.base_model or adapter_config.get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{options.adapter}/adapter_config.json names no base model: name it with --base_model.")
-    config_file = next((path for path in (options.adapter / CONFIG, options.adapter.parent / CONFIG) if path.is_file()), None)
-    if config_file is None:
-        print("No config.yaml beside the adapter: taking NF4 with double quantization and bfloat16 as its training base.")
-        model = ModelOptions()
-    else:
-        settings = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-        model = ModelOptions(**{name: settings[name] for name in ModelOptions.__dataclass_fields__ if name in settings})
-    revision = None if options.base_model else adapter_config.get("revision")
-    return TrainedOn(base, revision, quantization_of(model), torch.float32 if model.dtype == "float32" else torch.bfloat16)
+    run, adapter = RunFolder(options.adapter), options.adapter
+    if (options.adapter / STATUS).is_file() and not run.is_finished:
+        checkpoint, _ = newest_valid(options.adapter)
+        if not options.allow_unfinished or checkpoint is None:
+            raise UsageError(
+                f"{options.adapter} is a run that has not finished (step {run.status().get('step', 0)} of "
+                f"{run.status().get('total_steps', '?')}). Run the same train command again to finish it, or merge its "
+                "newest checkpoint with --allow_unfinished."
+            )
+        adapter = checkpoint
+    if check_adapter_folder(adapter).get("use_dora"):
+        raise ModelError(f"{adapter} is a DoRA adapter, which this merge does not form. Merge it with PEFT.")
+    return adapter
 
 
 def _save(causal_lm: Any, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path, max_shard_size: str) -> None:
@@ -164,13 +151,8 @@ def _save(causal_lm: Any, weights: dict[str, Tensor], dtype: torch.dtype, folder
     plain.tie_weights()
     missing = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     if missing:
-        raise ModelError(f"the merge found no weights for {', '.join(missing[:3])}: this architecture is not supported.")
+        raise ModelError(
+            f"the merge found no weights for {', '.join(missing[:3])}: this architecture is not supported."
+        )
     plain.generation_config = causal_lm.generation_config
     plain.save_pretrained(folder, max_shard_size=max_shard_size)
-
-
-def _copy_tokenizer(adapter: Path, trained_on: TrainedOn, folder: Path) -> None:
-    """The run's tokenizer (its chat template is the one trained with), else the base's."""
-    has_own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(adapter)) if has_own else load_tokenizer(trained_on.base, trained_on.revision)
-    tokenizer.save_pretrained(folder)

@@ -27,7 +27,8 @@ MANIFEST = "manifest.json"
 def rng_states() -> dict[str, Any]:
     """Every random state that a step can draw from, as tensors and plain values."""
     version, keys, gauss = random.getstate()
-    name, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    name, numpy_keys, position, has_gauss, cached = legacy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -66,7 +66,9 @@ def load_training_data(options: DataOptions, tokenizer: Any, seed: int) -> Train
         train, evaluated = split_by_prompt(training, options.eval_fraction, seed)
     train, evaluated = train[: options.max_train_samples], evaluated[: options.max_eval_samples]
     if not train:
-        raise DataError(f"{options.dataset} leaves no pair to train on: {len(pairs)} usable. Add rows or lower --eval_fraction.")
+        raise DataError(
+            f"{options.dataset} leaves no pair to train on: {len(pairs)} usable. Add rows or lower --eval_fraction."
+        )
     return TrainingData(pairs, train, evaluated, sources)
 
 

@@ -74,7 +74,7 @@ class Engine:
         policy, squares = self.scorer.per_token_logps_and_squares(
             self.model, batch, with_squares=self.objective.use_weighting
         )
-        confidence = torch.tensor([pair.confidence for pair in pairs], device=self.device)
+        confidence = [pair.confidence for pair in pairs]
         mean_chosen_length = None
         if self.objective.needs_token_normalizer:
             mean_chosen_length = sum(len(self.pairs[index].chosen_ids) for index in step) / len(step)
@@ -83,7 +83,7 @@ class Engine:
             reference,
             batch.completion_lengths,
             per_token_log_squares=squares,
-            confidence=confidence if (confidence != 1).any() else None,
+            confidence=confidence if min(confidence) < 1 else None,
             mean_chosen_length=mean_chosen_length,
         )
 

@@ -79,7 +79,9 @@ def fit(training: Training) -> None:
         except StopRequested as signal:
             # Nothing but random states moves within a step, so the state after the step before is still at hand.
             save(training, number - 1, rng_before)
-            raise Interrupted(f"{signal} at step {number}: checkpoint-{number - 1} is written; the same command continues.") from None
+            raise Interrupted(
+                f"{signal} at step {number}: checkpoint-{number - 1} is written; the same command continues."
+            ) from None
         if number == 1 and not training.has_dropout:
             check_first_step(metrics)
         metrics |= update(training, metrics, indices)
@@ -135,12 +137,12 @@ def update(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metr
     Raises:
         TrainingError: for the third time in a row the numbers are not finite, or the gradient is zero.
     """
-    learning_rate = training.scheduler.get_last_lr()[0]
+    learning_rate = float(training.scheduler.get_last_lr()[0])
     grad_norm = float(nn.utils.clip_grad_norm_(training.parameters, training.options.max_grad_norm))
     is_finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if is_finite:
         training.optimizer.step()
-    training.scheduler.step()
+        training.scheduler.step()
     training.optimizer.zero_grad(set_to_none=True)
     training.bad_steps = 0 if is_finite and grad_norm > 0 else training.bad_steps + 1
     if training.bad_steps:
@@ -170,7 +172,9 @@ def evaluate(training: Training, number: int) -> Metrics:
         metrics = training.engine.evaluate(training.eval_indices, training.stop.check)
     except StopRequested as signal:
         save(training, number, rng)
-        raise Interrupted(f"{signal} during an evaluation: checkpoint-{number} is written; the same command continues.") from None
+        raise Interrupted(
+            f"{signal} during an evaluation: checkpoint-{number} is written; the same command continues."
+        ) from None
     training.show_samples(number)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -181,7 +185,10 @@ def save(training: Training, number: int, rng: dict[str, Any]) -> Path:
         training.run.path,
         number,
         save_adapter=lambda folder: save_adapter(training.engine.model, folder),
-        optimizer={"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()},
+        optimizer={
+            "optimizer": training.optimizer.state_dict(),
+            "scheduler": training.scheduler.state_dict(),
+        },
         rng=rng,
         state={"total_steps": training.schedule.total_steps, "epoch": training.schedule.epoch(number)},
         keep=training.options.save_total_limit,

@@ -16,7 +16,14 @@ class SamplePrinter:
     """Shows how the answers to a few held-out prompts change while the adapter trains."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], file: Path, *, max_new_tokens: int, end_id: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        file: Path,
+        *,
+        max_new_tokens: int,
+        end_id: int,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._prompts, self._file = prompts, file

@@ -36,9 +36,7 @@ class Schedule:
         return number / self.steps_per_epoch
 
 
-def make_schedule(
-    indices: Sequence[int], pairs_per_step: int, *, epochs: float, max_steps: int, seed: int
-) -> Schedule:
+def make_schedule(indices: Sequence[int], pairs_per_step: int, *, epochs: float, max_steps: int, seed: int) -> Schedule:
     """A schedule of `max_steps` steps, or of `epochs` passes where `max_steps` is not above 0."""
     steps = max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(len(indices) / pairs_per_step))
     return Schedule(indices, pairs_per_step, steps, seed)

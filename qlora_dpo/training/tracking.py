@@ -49,7 +49,11 @@ class Recorder:
                 call(tracker)
             except Exception as error:  # a mirror's own failure, of whatever kind, must not stop a run
                 self._trackers.remove(tracker)
-                logger.warning("%s failed (%s) and is no longer told; metrics.jsonl has it all.", type(tracker).__name__, error)
+                logger.warning(
+                    "%s failed (%s) and is no longer told; metrics.jsonl has it all.",
+                    type(tracker).__name__,
+                    error,
+                )
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -95,7 +99,7 @@ class WandbTracker:
     def __init__(self, folder: Path, run_name: str, options: dict[str, Any]) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline")
         settings = wandb.Settings(disable_git=True, disable_code=True, console="off")
         project = os.environ.get("WANDB_PROJECT", "qlora_dpo")
         self._run = wandb.init(

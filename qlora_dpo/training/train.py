@@ -26,7 +26,14 @@ from qlora_dpo.training.engine import Engine, local_reference
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.model_card import write_model_card
 from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
-from qlora_dpo.training.run_folder import CARD, CURVES, SAMPLES, RunFolder, default_output_dir, open_run_folder
+from qlora_dpo.training.run_folder import (
+    CARD,
+    CURVES,
+    SAMPLES,
+    RunFolder,
+    default_output_dir,
+    open_run_folder,
+)
 from qlora_dpo.training.samples import SamplePrinter
 from qlora_dpo.training.schedule import make_schedule
 from qlora_dpo.training.signals import StopFlag, stop_on_signals
@@ -140,9 +147,15 @@ def prepare(
     """Put optimizer, schedule, records and samples together."""
     options = config.training
     schedule = make_schedule(
-        data.train, config.pairs_per_step, epochs=options.num_train_epochs, max_steps=options.max_steps, seed=options.seed
+        data.train,
+        config.pairs_per_step,
+        epochs=options.num_train_epochs,
+        max_steps=options.max_steps,
+        seed=options.seed,
     )
-    run.update_status(status="training", total_steps=schedule.total_steps, data=data.fingerprint, environment=describe())
+    run.update_status(
+        status="training", total_steps=schedule.total_steps, data=data.fingerprint, environment=describe()
+    )
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
         options.optim, parameters, engine.device, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
@@ -161,10 +174,14 @@ def prepare(
         eval_indices=data.held_out,
         optimizer=optimizer,
         scheduler=make_scheduler(
-            options.lr_scheduler_type, optimizer, warmup_ratio=options.warmup_ratio, total_steps=schedule.total_steps
+            options.lr_scheduler_type,
+            optimizer,
+            warmup_ratio=options.warmup_ratio,
+            total_steps=schedule.total_steps,
         ),
         recorder=Recorder(
-            run.metrics, start_trackers(options.report_to, run.path, options.run_name or run.path.name, config.flat())
+            run.metrics,
+            start_trackers(options.report_to, run.path, options.run_name or run.path.name, config.flat()),
         ),
         stop=stop,
         show_samples=samples,

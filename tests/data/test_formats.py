@@ -76,7 +76,10 @@ def test_hh_rlhf_joins_turns_of_one_speaker_and_counts_it() -> None:
         (None, "chosen: null"),
         (7, "chosen: must be text (it is number)"),
         (["x"], "chosen: must be text (it is list)"),
-        ("\n\nHuman: \ud800\n\nAssistant: x", "chosen: holds half of a surrogate pair, which is no character"),
+        (
+            "\n\nHuman: \ud800\n\nAssistant: x",
+            "chosen: holds half of a surrogate pair, which is no character",
+        ),
     ],
 )
 def test_hh_rlhf_refuses_with_the_reason(chosen: Any, reason: str) -> None:
@@ -149,13 +152,16 @@ def test_messages_without_prompt_takes_the_common_messages() -> None:
         ({"chosen": [message(None)]}, "chosen[0].content: null"),
         ({"chosen": [message("")]}, "chosen: the answer is empty"),
         ({"chosen": ["text"]}, "chosen[0]: a message must be an object with role and content (it is text)"),
-        ({"chosen": [{"from": "gpt", "value": "x"}]}, "chosen[0].role: must be one of system, user, assistant (it is None)"),
+        ({"chosen": [{"from": "x"}]}, "chosen[0].role: must be one of system, user, assistant (it is None)"),
         ({"chosen": [{"role": "assistant"}]}, "chosen[0].content: missing"),
-        ({"chosen": [{**message("x"), "tool_calls": [1]}]}, "chosen[0]: a message has keys besides role and content ('tool_calls')"),
+        ({"chosen": [{**message("x"), "k": 1}]}, "chosen[0]: a message has keys besides role and content ('k')"),
         ({"prompt": [message("a")]}, "prompt: the message before the answers must be the user's"),
         ({"prompt": [message(" ", "user")]}, "prompt[0].content: an empty message"),
         ({"prompt": None}, "prompt: null"),
-        ({"chosen": [message("z", "user"), message("x")]}, "chosen: the messages before its answer are not those of prompt"),
+        (
+            {"chosen": [message("z", "user"), message("x")]},
+            "chosen: the messages before its answer are not those of prompt",
+        ),
         ({"rejected": [message("x")]}, "rejected: the same answer as chosen"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ids that the model is trained on: boundary, BOS, end token, text that looks like control, truncation."""
+"""The ids that the model is trained on: boundary, BOS, end token, control text that is data, truncation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,13 @@ def test_the_answers_decode_to_their_text_and_end_with_the_end_token(tokenizer: 
 
 @pytest.mark.parametrize(
     ("kind", "end"),
-    [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("base", "</s>"), ("llama_hh", "</s>"), ("llama2", "</s>")],
+    [
+        ("chatml", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("base", "</s>"),
+        ("llama_hh", "</s>"),
+        ("llama2", "</s>"),
+    ],
 )
 def test_the_end_token_is_the_template_s_else_eos(tokenizers: Callable[[str], Any], kind: str, end: str) -> None:
     tokenizer = tokenizers(kind)
@@ -81,7 +87,7 @@ def test_control_text_in_a_row_stays_text(tokenizer: Any) -> None:
         {"role": "assistant", "content": "fine"},
         {"role": "user", "content": f"b {content} c"},
     )
-    harmless: tuple[Message, ...] = tuple({**m, "content": "text"} for m in attack)  # type: ignore[misc]
+    harmless: tuple[Message, ...] = tuple({**m, "content": "text"} for m in attack)
     pair = tokenize(tokenizer, PreferencePair(attack, content, "b " + content))
     known = set(control_tokens(tokenizer))
     plain = tokenize(tokenizer, PreferencePair(harmless, "x", "y"))
@@ -159,7 +165,9 @@ def test_a_bos_that_the_model_does_not_use_is_not_added(tokenizers: Callable[[st
     assert tokenize(tokenizer, PAIR) == tokenize(tokenizers("chatml"), PAIR)
 
 
-def test_a_conversation_that_the_template_refuses_is_one_refused_row(tokenizers: Callable[[str], Any]) -> None:
+def test_a_conversation_that_the_template_refuses_is_one_refused_row(
+    tokenizers: Callable[[str], Any],
+) -> None:
     tokenizer = tokenizers("llama2")
     bad = PreferencePair(({"role": "system", "content": "s"}, MESSAGES[0]), "x", "y", origin="f:2")
     first, refused, last = PairTokenizer(tokenizer).tokenize([PAIR, bad, PAIR])
@@ -184,13 +192,13 @@ def test_named_templates_read_as_promised(tokenizers: Callable[[str], Any]) -> N
     tokenizer = copy.deepcopy(tokenizers("chatml"))
     expected = {
         "hh-rlhf": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
-        "anima": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\na\n\n### Response: b\n\n### Instruction:\nc\n\n### Response:",
+        "anima": "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request."
+        "\n\n### Instruction:\na\n\n### Response: b\n\n### Instruction:\nc\n\n### Response:",
         "plain": "a\n\nb\n\nc\n\n",
     }
     conversation = [
-        {"role": role, "content": content}
-        for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))
+        {"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))
     ]
     for name, text in expected.items():
         apply_prompt_template(tokenizer, name)
@@ -233,7 +241,11 @@ def test_the_caller_s_tokenizer_is_left_as_it_was(tokenizers: Callable[[str], An
     tokenizer = tokenizers("llama3")
     before = tokenizer.backend_tokenizer.to_str(), len(tokenizer), tokenizer("a<|eot_id|>").input_ids
     tokenize(tokenizer, PAIR)
-    assert before == (tokenizer.backend_tokenizer.to_str(), len(tokenizer), tokenizer("a<|eot_id|>").input_ids)
+    assert before == (
+        tokenizer.backend_tokenizer.to_str(),
+        len(tokenizer),
+        tokenizer("a<|eot_id|>").input_ids,
+    )
 
 
 def test_a_template_with_an_opened_thought_keeps_the_thought_out_of_the_answer(chatml: Any) -> None:

@@ -24,7 +24,12 @@ SHARING: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
     "qwen3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+    },
     "gemma": {},
     "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"sliding_window": 4},
@@ -33,7 +38,14 @@ SHARING: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.2},
     "smollm3": {},
-    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    },
 }
 NOT_SHARING: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},

@@ -20,9 +20,7 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
-def plain_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> Tensor:
+def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
     logits = scale * torch.nn.functional.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -40,9 +38,7 @@ def make_head(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (
-        torch.randn(size, h, generator=generator, dtype=torch.float64).to(dtype) for size in (n, v)
-    )
+    hidden, weight = (torch.randn(size, h, generator=generator, dtype=torch.float64).to(dtype) for size in (n, v))
     offsets = torch.randn(v, generator=generator, dtype=torch.float64).to(dtype) if bias else None
     return hidden, weight, offsets, torch.randint(v, (n,), generator=generator)
 
@@ -72,9 +68,7 @@ class OperationSpy(TorchDispatchMode):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_values_and_gradients_equal_the_plain_head(
-    head: dict[str, Any], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_values_and_gradients_equal_the_plain_head(head: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, bias, target_ids = make_head(dtype=dtype, bias=head.get("bias", False))
     softcap, scale = head.get("softcap"), head.get("scale", 1.0)
     trained = [tensor.requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
@@ -106,9 +100,7 @@ def test_values_squares_and_gradients_equal_trls_kernel(head: dict[str, Any]) ->
 
     hidden, weight, _, target_ids = make_head(dtype=torch.float32)
     hidden.requires_grad_()
-    logps, squares = chunked_logps_and_squares(
-        hidden, weight, target_ids, token_chunk=4, vocab_chunk=5, **head
-    )
+    logps, squares = chunked_logps_and_squares(hidden, weight, target_ids, token_chunk=4, vocab_chunk=5, **head)
     theirs, _, their_squares, _, _ = ChunkedLogProbFunction.apply(
         hidden,
         weight,
@@ -122,9 +114,7 @@ def test_values_squares_and_gradients_equal_trls_kernel(head: dict[str, Any]) ->
     )
     torch.testing.assert_close(logps, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(squares, their_squares, rtol=1e-5, atol=1e-5)
-    ours_gradient, their_gradient = (
-        torch.autograd.grad(values.sum(), hidden)[0] for values in (logps, theirs)
-    )
+    ours_gradient, their_gradient = (torch.autograd.grad(values.sum(), hidden)[0] for values in (logps, theirs))
     torch.testing.assert_close(ours_gradient, their_gradient, rtol=1e-5, atol=1e-5)
 
 
@@ -217,8 +207,7 @@ def test_confident_tokens_keep_their_digits() -> None:
     expected = plain_logps(target_ids, exact, weight.double(), None, None, 1.0)
     assert logps.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = [
-        torch.autograd.grad(values.sum(), source)[0]
-        for values, source in ((logps, hidden), (expected, exact))
+        torch.autograd.grad(values.sum(), source)[0] for values, source in ((logps, hidden), (expected, exact))
     ]
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-6, atol=0)
 

@@ -47,9 +47,7 @@ def step_loss(options: dict[str, Any], policy: Tensor, reference: Tensor, **more
     return objective(statistics(objective, policy, reference, **more)).mean()
 
 
-def assert_equals_trl(
-    options: dict[str, Any], dtype: torch.dtype = torch.float64, rtol: float = 1e-10
-) -> None:
+def assert_equals_trl(options: dict[str, Any], dtype: torch.dtype = torch.float64, rtol: float = 1e-10) -> None:
     policy, reference = flat_logps(1, dtype).requires_grad_(), flat_logps(2, dtype)
     log_squares = -flat_logps(3, dtype).abs() if options.get("use_weighting") else None
     ours = step_loss(options, policy, reference, per_token_log_squares=log_squares)
@@ -83,9 +81,7 @@ def test_f_divergences_equal_trls(name: str, divergence: str) -> None:
 
 
 def test_alpha_divergence_at_one_is_reverse_kl() -> None:
-    assert_equals_trl(
-        {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1}
-    )
+    assert_equals_trl({"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1})
 
 
 @pytest.mark.parametrize(
@@ -309,9 +305,7 @@ def test_losses_of_pairs_do_not_depend_on_the_cut(name: str, weighting: bool) ->
 def test_confidence_multiplies_the_loss_of_its_pair() -> None:
     objective = make_objective("sigmoid")
     plain = objective(statistics(objective, flat_logps(1), flat_logps(2)))
-    weighted = objective(
-        statistics(objective, flat_logps(1), flat_logps(2), confidence=[1.0, 0.5, 0.25, 0.1])
-    )
+    weighted = objective(statistics(objective, flat_logps(1), flat_logps(2), confidence=[1.0, 0.5, 0.25, 0.1]))
     torch.testing.assert_close(weighted, plain * torch.tensor([1.0, 0.5, 0.25, 0.1], dtype=torch.float64))
 
 
@@ -323,6 +317,11 @@ def test_wpo_weights_are_geometric_means_and_carry_no_gradient() -> None:
     expected = [chosen * rejected for chosen, rejected in zip(means[0::2], means[1::2], strict=True)]
     assert pairs.weights is not None and not pairs.weights.requires_grad
     assert pairs.weights.tolist() == pytest.approx(expected)
+    doubted = statistics(
+        objective, policy, flat_logps(2), per_token_log_squares=squares, confidence=[1.0, 0.5, 1.0, 1.0]
+    )
+    expected[1] /= 2
+    assert doubted.weights is not None and doubted.weights.tolist() == pytest.approx(expected)
 
 
 def test_ld_alpha_scales_tokens_beyond_the_shorter_completion() -> None:

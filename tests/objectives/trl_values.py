@@ -53,9 +53,7 @@ def trl_loss(
         device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
     )
     mask = _completion_mask(lengths)
-    trainer.model = _GivenLogps(
-        _padded(policy, mask), None if log_squares is None else _padded(log_squares, mask)
-    )
+    trainer.model = _GivenLogps(_padded(policy, mask), None if log_squares is None else _padded(log_squares, mask))
     trainer.ref_model = _GivenLogps(_padded(reference, mask))
     inputs = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
     with _default_dtype(policy.dtype):  # TRL turns epsilon of EXO into a tensor of the default dtype
@@ -79,9 +77,7 @@ def _padded(flat: Tensor, mask: Tensor) -> Tensor:
     completions = flat.split(interleaved)
     width = mask.shape[1] - 1
     rows = [
-        torch.cat(
-            [flat.new_zeros(PROMPT_LENGTH - 1), row, flat.new_zeros(width - PROMPT_LENGTH + 1 - len(row))]
-        )
+        torch.cat([flat.new_zeros(PROMPT_LENGTH - 1), row, flat.new_zeros(width - PROMPT_LENGTH + 1 - len(row))])
         for row in [*completions[0::2], *completions[1::2]]
     ]
     return torch.stack(rows)

@@ -1,0 +1,69 @@
+"""What a saved adapter was trained on, and loading it again the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from qlora_dpo.config import ModelOptions, quantization_of
+from qlora_dpo.errors import UsageError
+from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
+from qlora_dpo.models.lora import check_adapter_folder, load_adapter
+from qlora_dpo.training.run_folder import CONFIG
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The base of an adapter and how it was held in memory."""
+
+    base: str
+    revision: str | None
+    quantization: dict[str, Any] | None
+    dtype: torch.dtype
+    is_known: bool
+    """False for a foreign adapter, where the usual QLoRA settings are assumed."""
+
+
+def trained_on(adapter: Path, base_model: str | None = None) -> TrainedOn:
+    """Read adapter_config.json, and config.yaml where a run of this tool left one.
+
+    Raises:
+        StorageError, ModelError: see `check_adapter_folder`.
+        UsageError: the adapter names no base and `base_model` is not given.
+    """
+    adapter_config = check_adapter_folder(adapter)
+    base = base_model or adapter_config.get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{adapter}/adapter_config.json names no base model: name it with --base_model.")
+    config_file = next((path for path in (adapter / CONFIG, adapter.parent / CONFIG) if path.is_file()), None)
+    model = ModelOptions()
+    if config_file is not None:
+        settings = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        model = ModelOptions(**{name: settings[name] for name in ModelOptions.__dataclass_fields__ if name in settings})
+    return TrainedOn(
+        base=str(base),
+        revision=None if base_model else adapter_config.get("revision"),
+        quantization=quantization_of(model),
+        dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
+        is_known=config_file is not None,
+    )
+
+
+def load_trained(adapter: Path, *, base_model: str | None = None, use_cpu: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer): the adapter on its base, quantized as in training; the adapter can be switched off."""
+    origin = trained_on(adapter, base_model)
+    base = load_base(
+        origin.base, device=choose_device(use_cpu), revision=origin.revision, quantization=origin.quantization,
+        dtype=origin.dtype,
+    )  # fmt: skip
+    return load_adapter(base, adapter, trainable=False).eval(), load_tokenizer_of(adapter, origin)
+
+
+def load_tokenizer_of(adapter: Path, origin: TrainedOn) -> Any:
+    """The tokenizer saved with the adapter (its chat template is the one trained with), else the base's."""
+    has_own = (adapter / "tokenizer_config.json").is_file()
+    return load_tokenizer(str(adapter)) if has_own else load_tokenizer(origin.base, origin.revision)
