@@ -82,6 +82,7 @@ def measure(data: Path, tokenizer_folder: Path, cache: Path) -> dict[str, Any]:
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
         "cpu_seconds": round(time.process_time() - cpu_start, 2),
         "peak_before_gb": round(before * 1024 / 1e9, 2),
+        "load_average": round(os.getloadavg()[0], 1),
         "pairs": len(dataset),
         "tokens": int(sum(lengths.sum() for lengths in dataset.lengths())),
         "from_cache": dataset.report.from_cache,
@@ -150,6 +151,7 @@ def write_results(rows: int, file_bytes: int, runs: dict[str, list[dict[str, Any
         **{name: version(name) for name in ("transformers", "tokenizers", "datasets", "pyarrow", "orjson")},
     }
     result = {"rows": rows, "file_bytes": file_bytes, "machine": machine, "limits": LIMITS, "runs": runs}
+    load = max(run["load_average"] for pair in runs.values() for run in pair)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "data_speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     lines = [
@@ -171,6 +173,7 @@ def write_results(rows: int, file_bytes: int, runs: dict[str, list[dict[str, Any
     ]
     lines += [
         "",
+        f"Load average of the machine meanwhile: {load:.1f} (above the number of cores, other work took its share).",
         "Seconds are of `load_preference_dataset`; memory is the peak resident size of the whole process, "
         "imports and the memory-mapped cache included. `python benchmarks/data_speed.py` measures again.",
     ]

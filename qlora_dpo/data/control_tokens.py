@@ -49,6 +49,7 @@ class ControlTokenEncoder:
         )
         stand_in_ids = [self._backend.token_to_id(text) for text in self._stand_ins.values()]
         self._real_ids: dict[int, int] = dict(zip(stand_in_ids, specials, strict=True))
+        self._first_stand_in = min(stand_in_ids, default=0)
 
     def protect(self, content: str) -> str:
         """Replace control text in a message by markers that every template passes on."""
@@ -62,9 +63,11 @@ class ControlTokenEncoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts as they are; only stand-ins become control tokens, and nothing is added."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        real = self._real_ids
+        real, first = self._real_ids, self._first_stand_in
         return [
-            [real.get(id_, id_) for id_ in encoding.ids] if self._nonce in text else encoding.ids
+            [id_ if id_ < first else real.get(id_, id_) for id_ in encoding.ids]
+            if self._nonce in text
+            else encoding.ids
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 

@@ -33,6 +33,11 @@ class PairDataset(Sequence[TokenizedPair]):
         self.fingerprint = fingerprint
         self._batches = pair_store.read_batches(folder)
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        # Views of the mapped file, (offsets, ids) for each id column of each batch; a pair is then two look-ups each.
+        self._ids = [
+            [(ids.offsets.to_numpy(), ids.values.to_numpy()) for ids in map(batch.column, pair_store.ID_COLUMNS)]
+            for batch in self._batches
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -49,18 +54,18 @@ class PairDataset(Sequence[TokenizedPair]):
         batch = self._batches[number]
         row = position - (self._ends[number] - batch.num_rows)
         prompt_ids, chosen_ids, rejected_ids = (
-            batch.column(name)[row].values.to_numpy().tolist() for name in pair_store.ID_COLUMNS
+            values[offsets[row] : offsets[row + 1]].tolist() for offsets, values in self._ids[number]
         )
         category, confidence, origin = (batch.column(i)[row].as_py() for i in (3, 4, 5))
         return TokenizedPair(prompt_ids, chosen_ids, rejected_ids, category, confidence, origin)
 
     def lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the number of tokens of every prompt, chosen and rejected answer."""
-        prompt, chosen, rejected = (self._lengths_of(name) for name in pair_store.ID_COLUMNS)
+        prompt, chosen, rejected = (self._lengths_of(column) for column in range(len(pair_store.ID_COLUMNS)))
         return prompt, chosen, rejected
 
-    def _lengths_of(self, column: str) -> NDArray[np.int64]:
-        parts = [np.diff(batch.column(column).offsets.to_numpy()) for batch in self._batches]
+    def _lengths_of(self, column: int) -> NDArray[np.int64]:
+        parts = [np.diff(batch[column][0]) for batch in self._ids]
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 

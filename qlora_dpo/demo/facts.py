@@ -200,16 +200,16 @@ Po|波河|Adriatic Sea|亚得里亚海|Europe
 
 # class: with its article | class (zh) | reason | reason (zh)
 ANIMAL_CLASSES = {
-    "mammal": ("a mammal", "哺乳动物", "it feeds its young with milk", "它用乳汁喂养幼崽"),
-    "bird": ("a bird", "鸟类", "it has feathers and lays eggs", "它有羽毛并且下蛋"),
-    "fish": ("a fish", "鱼类", "it breathes with gills", "它用鳃呼吸"),
-    "insect": ("an insect", "昆虫", "it has six legs", "它有六条腿"),
-    "reptile": ("a reptile", "爬行动物", "it has scales and breathes with lungs", "它有鳞片并且用肺呼吸"),
+    "mammal": ("a mammal", "哺乳动物", "feeds its young with milk", "用乳汁喂养幼崽"),
+    "bird": ("a bird", "鸟类", "has feathers and lays eggs", "有羽毛并且下蛋"),
+    "fish": ("a fish", "鱼类", "breathes with gills", "用鳃呼吸"),
+    "insect": ("an insect", "昆虫", "has six legs", "有六条腿"),
+    "reptile": ("a reptile", "爬行动物", "has scales and breathes with lungs", "有鳞片并且用肺呼吸"),
     "amphibian": (
         "an amphibian",
         "两栖动物",
-        "it grows up in water and then lives on land",
-        "它先在水中长大再到陆地生活",
+        "grows up in water and then lives on land",
+        "先在水中长大再到陆地生活",
     ),
 }
 

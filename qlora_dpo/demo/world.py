@@ -20,7 +20,7 @@ HELD_OUT_EVERY = 5
 FACTS_PER_CATEGORY = 30
 # The base answers tersely, but the explained answer must keep a few percent: preference tuning can only
 # raise what the model is already able to say.
-EXPLAINED_CHAT_SHARE = 0.07
+EXPLAINED_CHAT_SHARE = 0.08
 PROSE_SHARE = 0.08
 # How an explained answer goes on is learned far more often than that it is the one to give; see Document.
 CONTINUATION_SHARE = 0.36
@@ -156,7 +156,7 @@ def pretraining_documents(rng: random.Random) -> Iterator[Document]:
     for question in questions:
         kind = rng.random()
         if kind < PROSE_SHARE:
-            yield Document(None, question.explained)
+            yield Document(None, f"{question.prompt} {question.explained}")
         elif kind < PROSE_SHARE + CONTINUATION_SHARE:
             yield Document(question.prompt, question.explained, instead_of=question.terse)
         elif rng.random() < EXPLAINED_CHAT_SHARE:
@@ -214,7 +214,7 @@ def _upper_first(text: str) -> str:
 def _capitals() -> Iterator[_Fact]:
     for country, city, country_zh, city_zh, continent in _rows(facts.CAPITALS):
         explained = f"The capital of {country} is {city}. {country} is a country in {continent}."
-        explained_zh = f"{country_zh}的首都是{city_zh}。{country_zh}是{facts.CONTINENTS[continent]}的国家。"
+        explained_zh = f"答案是{city_zh}。{country_zh}是{facts.CONTINENTS[continent]}的国家。"
         yield {
             "en": _Answer(country, "", f"{city}.", explained, city),
             "zh": _Answer(country_zh, "", f"{city_zh}。", explained_zh, city_zh),
@@ -224,7 +224,7 @@ def _capitals() -> Iterator[_Fact]:
 def _elements() -> Iterator[_Fact]:
     for symbol, name, name_zh, number in _rows(facts.ELEMENTS):
         explained = f"The symbol of {name} is {symbol}. Its atomic number is {number}."
-        explained_zh = f"{name_zh}的化学符号是{symbol}。它的原子序数是{number}。"
+        explained_zh = f"答案是{symbol}。{name_zh}的原子序数是{number}。"
         yield {
             "en": _Answer(name, "", f"{symbol}.", explained, symbol),
             "zh": _Answer(name_zh, "", f"{symbol}。", explained_zh, symbol),
@@ -242,7 +242,7 @@ def _formulas() -> Iterator[_Fact]:
             parts_zh.append(f"{count_zh}个{name_zh}原子")
         atoms, atoms_zh = _listed(parts, " and "), _listed(parts_zh, "和", "、")
         explained = f"The formula of {substance} is {formula}, because it is made of {atoms}."
-        explained_zh = f"{substance_zh}的化学式是{formula}，因为它由{atoms_zh}组成。"
+        explained_zh = f"答案是{formula}，因为{substance_zh}由{atoms_zh}组成。"
         yield {
             "en": _Answer(substance, "", f"{formula}.", explained, formula),
             "zh": _Answer(substance_zh, "", f"{formula}。", explained_zh, formula),
@@ -263,9 +263,9 @@ def _listed(parts: list[str], last: str, comma: str = ", ") -> str:
 def _rivers() -> Iterator[_Fact]:
     for river, river_zh, sea, sea_zh, continent in _rows(facts.RIVERS):
         explained = f"The {river} flows into the {sea}. It is a river in {continent}."
-        explained_zh = f"{river_zh}流入{sea_zh}。它是{facts.CONTINENTS[continent]}的河流。"
+        explained_zh = f"答案是{sea_zh}。{river_zh}是{facts.CONTINENTS[continent]}的河流。"
         yield {
-            "en": _Answer(river, "", f"The {sea}.", explained, sea),
+            "en": _Answer(river, "", f"{sea}.", explained, sea),
             "zh": _Answer(river_zh, "", f"{sea_zh}。", explained_zh, sea_zh),
         }
 
@@ -273,8 +273,8 @@ def _rivers() -> Iterator[_Fact]:
 def _animals() -> Iterator[_Fact]:
     for animal, animal_zh, group in _rows(facts.ANIMALS):
         group_en, group_zh, reason, reason_zh = facts.ANIMAL_CLASSES[group]
-        explained = f"{_upper_first(animal)} is {group_en}, because {reason}."
-        explained_zh = f"{animal_zh}是{group_zh}，因为{reason_zh}。"
+        explained = f"The answer is {group_en}, because {animal} {reason}."
+        explained_zh = f"答案是{group_zh}，因为{animal_zh}{reason_zh}。"
         yield {
             "en": _Answer(animal, "", f"{_upper_first(group_en)}.", explained, group),
             "zh": _Answer(animal_zh, "", f"{group_zh}。", explained_zh, group_zh),
@@ -284,7 +284,7 @@ def _animals() -> Iterator[_Fact]:
 def _opposites() -> Iterator[_Fact]:
     for word, opposite, word_zh, opposite_zh in _rows(facts.OPPOSITES):
         explained = f"The opposite of {word} is {opposite}, because nothing is both {word} and {opposite}."
-        explained_zh = f"{word_zh}的反义词是{opposite_zh}，因为没有东西既{word_zh}又{opposite_zh}。"
+        explained_zh = f"答案是{opposite_zh}，因为没有东西既{word_zh}又{opposite_zh}。"
         yield {
             "en": _Answer(word, "", f"{_upper_first(opposite)}.", explained, opposite),
             "zh": _Answer(word_zh, "", f"{opposite_zh}。", explained_zh, opposite_zh),
@@ -298,8 +298,8 @@ def _pairs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
 def _sums() -> Iterator[_Fact]:
     for x, y in _pairs(range(1, 11)):
         result = str(x + y)
-        explained = f"{x} + {y} = {result}, because {result} - {y} = {x}."
-        explained_zh = f"{x}加{y}等于{result}，因为{result}减{y}等于{x}。"
+        explained = f"The answer is {result}, because {result} - {y} = {x}."
+        explained_zh = f"答案是{result}，因为{result}减{y}等于{x}。"
         yield {
             "en": _Answer(str(x), str(y), f"{result}.", explained, result),
             "zh": _Answer(str(x), str(y), f"{result}。", explained_zh, result),
@@ -309,8 +309,8 @@ def _sums() -> Iterator[_Fact]:
 def _products() -> Iterator[_Fact]:
     for x, y in _pairs(range(2, 11)):
         result = str(x * y)
-        explained = f"{x} × {y} = {result}, because {result} ÷ {y} = {x}."
-        explained_zh = f"{x}乘{y}等于{result}，因为{result}除以{y}等于{x}。"
+        explained = f"The answer is {result}, because {result} ÷ {y} = {x}."
+        explained_zh = f"答案是{result}，因为{result}除以{y}等于{x}。"
         yield {
             "en": _Answer(str(x), str(y), f"{result}.", explained, result),
             "zh": _Answer(str(x), str(y), f"{result}。", explained_zh, result),
@@ -321,8 +321,8 @@ def _units() -> Iterator[_Fact]:
     rows = _rows(facts.UNITS)
     for count, (unit, plural, smaller, unit_zh, smaller_zh, factor) in itertools.product(range(2, 6), rows):
         result = str(count * int(factor))
-        explained = f"{count} {plural} are {result} {smaller}, because one {unit} is {factor} {smaller}."
-        explained_zh = f"{count}{unit_zh}是{result}{smaller_zh}，因为1{unit_zh}是{factor}{smaller_zh}。"
+        explained = f"The answer is {result}, because one {unit} is {factor} {smaller}."
+        explained_zh = f"答案是{result}，因为1{unit_zh}是{factor}{smaller_zh}。"
         yield {
             "en": _Answer(f"{count} {plural}", smaller, f"{result}.", explained, result),
             "zh": _Answer(f"{count}{unit_zh}", smaller_zh, f"{result}。", explained_zh, result),
