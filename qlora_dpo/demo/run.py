@@ -37,9 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss": {},
     "training": {
         "output_dir": Path("runs/demo"),
-        "learning_rate": 1e-3,
-        "gradient_accumulation_steps": 16,
-        "num_train_epochs": 2.0,
+        "learning_rate": 3e-4,
+        "gradient_accumulation_steps": 8,
+        "max_steps": 60,
         "activation_checkpointing": "none",
         "save_steps": 20,
         "eval_steps": 20,

@@ -20,11 +20,14 @@ def choose_device(use_cpu: bool) -> torch.device:
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's own tokenizer, with a pad token (the end token where it has none; masks never look at it)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     _check_local_folder(name)
+    # From a bare SentencePiece file AutoTokenizer makes a tokenizer that loses the leading space of every text.
+    is_bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
+    kind: Any = LlamaTokenizer if is_bare else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = kind.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _loading_error("tokenizer", name, revision, error) from error
     if tokenizer.pad_token is None:

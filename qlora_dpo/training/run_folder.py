@@ -74,7 +74,7 @@ def open_run_folder(path: Path, options: dict[str, Any], *, fresh: bool) -> RunF
     try:
         if fresh and is_run:
             shutil.rmtree(path)
-        elif is_run:
+        elif (path / STATUS).is_file():  # training has begun: before that, options may still be corrected
             _refuse_changed(path, yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}, options)
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
