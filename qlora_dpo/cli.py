@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, Names, Numbers, TrainConfig, train_config
-from qlora_dpo.environment import quiet_libraries
+from qlora_dpo.environment import prepare_process
 from qlora_dpo.errors import QloraDpoError, UsageError
 
 RENAMED = {
@@ -95,7 +95,7 @@ def run_commands(program: str, commands: dict[str, Command], argv: list[str]) ->
                 f"{argv[0]!r} is not a command{nearest(argv[0], commands)}.\n" + _overview(program, commands)
             )
         options = parse(f"{program} {argv[0]}", command, argv[1:])
-        quiet_libraries()
+        prepare_process()
         command.run(command.build(options))
         return 0
     except QloraDpoError as error:

@@ -32,8 +32,13 @@ def describe() -> dict[str, Any]:
     }
 
 
-def quiet_libraries() -> None:
-    """Keep out of a user's terminal what libraries say about each other; called by the commands, not on import."""
+def prepare_process() -> None:
+    """Set up a command's process before torch is imported; never called on import.
+
+    Idle OpenMP threads sleep instead of spinning (a busy neighbor otherwise slows a CPU run tenfold), and libraries
+    keep to themselves what they say about each other.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     # bitsandbytes misses the optional package `kernels` on CPUs with AVX512-BF16; it is left out on purpose.
