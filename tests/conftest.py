@@ -1,11 +1,10 @@
-"""Tiny real models and pairs, made on the spot: no network, no downloads."""
+"""Fixtures for all tests: a model folder, a pairs file, the real data where there is some."""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -13,72 +12,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from tiny import random_pairs, tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-
-
-@dataclass(frozen=True)
-class IdPair:
-    """A pair of token ids, without text."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    category: str | None = None
-    confidence: float = 1.0
-    origin: str = "made"
-
-
-def random_pairs(lengths: list[tuple[int, int, int]], vocabulary: int = 128, seed: int = 0) -> list[IdPair]:
-    """Pairs of the given (prompt, chosen, rejected) lengths with random ids."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-
-    return [IdPair(ids(prompt), ids(chosen), ids(rejected)) for prompt, chosen, rejected in lengths]
-
-
-RAGGED = [(7, 5, 3), (3, 1, 9), (12, 4, 1), (5, 8, 8), (1, 2, 3)]
-
-
-def tiny_config(model_type: str = "llama", **changes: Any) -> Any:
-    """A config of the family with every in_features a multiple of 64."""
-    from transformers import CONFIG_MAPPING
-
-    values: dict[str, Any] = {
-        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-    }  # fmt: skip
-    wanted = {name: value for name, value in (values | changes).items() if value is not None}
-    return CONFIG_MAPPING[model_type](**wanted)
-
-
-def tiny_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of the family in fp32, with weights large enough to tell errors from noise."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "router" not in name:
-                parameter.normal_(0, 0.08)
-    return model.requires_grad_(False)
-
-
-def with_lora(model: Any, r: int = 4, seed: int = 0, zero: bool = False) -> Any:
-    """The model with a LoRA adapter on its linear layers; B is random unless `zero`."""
-    from qlora_dpo.models.lora import add_adapter, trainable_parameters
-
-    policy = add_adapter(model, r=r, alpha=2 * r, dropout=0.0, target_modules=["all-linear"], seed=seed)
-    if not zero:
-        torch.manual_seed(seed + 1)
-        with torch.no_grad():
-            for parameter in trainable_parameters(policy):
-                parameter.normal_(0, 0.05)
-    return policy
 
 
 @pytest.fixture(scope="session")
@@ -87,25 +23,6 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared folder with real data is not beside this clone")
     return SHARED / "data"
-
-
-def tiny_tokenizer(vocabulary: int = 128) -> Any:
-    """A word-level tokenizer for `w3 w4 ...`, with a chat template, a BOS and an end token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, vocabulary))]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
-    )
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}{{ ' ' + message['content'] + ' ' }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'w5 ' }}{% endif %}"
-    )
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +37,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty pairs in the words of the tiny tokenizer."""
-    import json
 
     def text(ids: list[int]) -> str:
         return " ".join(f"w{number}" for number in ids)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tokenizer, with_lora, tiny_model
+from tiny import tiny_model, tiny_tokenizer, with_lora
 
 from eval.app import MAX_PROMPT_CHARACTERS, Comparison
 from qlora_dpo.cli import main
@@ -65,7 +65,9 @@ def server(model_folder: Path, tmp_path_factory: Any) -> Iterator[str]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"}
     with log.open("w") as output:
         arguments = ["-m", "eval", "app", "--adapter", str(adapter), "--port", "0", "--max_new_tokens", "8"]
-        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
         try:
             deadline = time.monotonic() + 120
             address = None

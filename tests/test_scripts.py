@@ -76,7 +76,11 @@ def test_sigterm_reaches_python_through_the_script(clone: Path) -> None:
     (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (venv / "bin" / "python").chmod(0o755)
     process = subprocess.Popen(
-        [clone / "rlhf/run_dpo_training.sh", "wait"], cwd=clone, env=os.environ | {"QLORA_DPO_VENV": str(venv)}, stdout=subprocess.PIPE, text=True
+        [clone / "rlhf/run_dpo_training.sh", "wait"],
+        cwd=clone,
+        env=os.environ | {"QLORA_DPO_VENV": str(venv)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     process.stdout.readline()

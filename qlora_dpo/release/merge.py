@@ -72,7 +72,9 @@ def merged_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
     causal_lm = model.get_base_model()
     merged: dict[str, Tensor] = {}
-    wrapped: dict[str, Any] = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    wrapped: dict[str, Any] = {
+        name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)
+    }
     inside = tuple(f"{name}." for name in wrapped)
     for name, layer in wrapped.items():
         weight = _plain_weight(layer.base_layer) + _update(layer)

@@ -158,9 +158,14 @@ def prepare(
     )
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
-        options.optim, parameters, engine.device, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon, weight_decay=options.weight_decay,
-    )  # fmt: skip
+        options.optim,
+        parameters,
+        engine.device,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+    )
     prompts = list({tuple(data.pairs[index].prompt_ids): None for index in data.held_out})[:SAMPLE_PROMPTS]
     samples = SamplePrinter(
         engine.model, tokenizer, prompts if options.sample_generate else [], run.path / SAMPLES,

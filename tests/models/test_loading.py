@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
-from conftest import tiny_config
+from tiny import tiny_config
 
 from qlora_dpo.models.loading import load_tokenizer
 

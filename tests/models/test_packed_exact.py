@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RAGGED, IdPair, random_pairs, tiny_model, with_lora
+from tiny import RAGGED, IdPair, random_pairs, tiny_model, with_lora
 
 from qlora_dpo.data.packing import pack
 from qlora_dpo.models.lora import trainable_parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RAGGED, random_pairs, tiny_config, tiny_model, with_lora
+from tiny import RAGGED, random_pairs, tiny_config, tiny_model, with_lora
 from training.runs import CPU, adapter_weights, run
 
 from qlora_dpo.data.packing import pack

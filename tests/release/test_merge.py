@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RAGGED, random_pairs
+from tiny import RAGGED, random_pairs
 
 from qlora_dpo.cli import main
 from qlora_dpo.training.run_folder import RunFolder
@@ -21,7 +21,8 @@ def finished_run(request: pytest.FixtureRequest, model_folder: Path, pairs_file:
     quantization = {"4bit": [], "8bit": ["--load_in_8bit"], "none": ["--load_in_4bit", "false"]}[request.param]
     arguments = [
         "--model_name_or_path", model_folder, "--dataset", pairs_file, "--output_dir", out, "--dtype", "float32",
-        "--max_steps", "6", "--learning_rate", "0.02", "--gradient_accumulation_steps", "4", "--lora_r", "4", *quantization,
+        "--max_steps", "6", "--learning_rate", "0.02", "--gradient_accumulation_steps", "4", "--lora_r", "4",
+        *quantization,
     ]  # fmt: skip
     assert main(["train", *map(str, arguments)]) == 0
     return out
@@ -57,7 +58,10 @@ def plain_peft(run: Path) -> Any:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     elif options["load_in_4bit"]:
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
         )
     base = AutoModelForCausalLM.from_pretrained(
         config["base_model_name_or_path"], quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
@@ -80,10 +84,14 @@ def test_adapter_in_plain_peft_and_merged_folder_in_plain_transformers_agree(fin
     tolerance = 0.1 if "8bit" in finished_run.name else 1e-4
     assert (trained - exported).abs().max() < tolerance
     with adapter.disable_adapter():
-        assert (logps(adapter) - exported).abs().max() > 0.3  # the adapter changed something, so agreeing means something
+        assert (
+            logps(adapter) - exported
+        ).abs().max() > 0.3  # the adapter changed something, so agreeing means something
     config = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in config
-    assert AutoTokenizer.from_pretrained(merged).chat_template == AutoTokenizer.from_pretrained(finished_run).chat_template
+    assert (
+        AutoTokenizer.from_pretrained(merged).chat_template == AutoTokenizer.from_pretrained(finished_run).chat_template
+    )
 
 
 @pytest.mark.slow
@@ -95,7 +103,9 @@ def test_merge_into_the_original_base_is_base_plus_update(finished_run: Path, tm
     arguments = ["--adapter", finished_run, "--output", tmp_path / "merged", "--dtype", "float32", "--base", "original"]
     assert main(["merge", *map(str, arguments)]) == 0
     base = json.loads((finished_run / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(finished_run))
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(finished_run)
+    )
     expected = model.merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert found.keys() == expected.keys()

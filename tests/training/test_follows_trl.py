@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IdPair, random_pairs, tiny_model, tiny_tokenizer, with_lora
+from tiny import IdPair, random_pairs, tiny_model, tiny_tokenizer, with_lora
 from training.runs import run
 
 from qlora_dpo.models.loading import load_base
@@ -51,7 +51,8 @@ def trl_losses(model: Any, rows: list[IdPair], folder: Path) -> list[float]:
         model=model,
         args=DPOConfig(
             output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0, logging_steps=1,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
+            logging_steps=1,
             report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
             remove_unused_columns=False, disable_tqdm=True,
         ),

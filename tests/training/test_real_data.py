@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from qlora_dpo.cli import main
 
@@ -33,8 +33,9 @@ def test_twenty_steps(
     out = tmp_path / "run"
     arguments = [
         "train", "--model_name_or_path", llama_folder, "--dataset", shared_data / f"{name}.jsonl", "--output_dir", out,
-        "--prompt_template", template, "--max_steps", "20", "--gradient_accumulation_steps", "4", "--max_eval_samples", "4",
-        "--lora_r", "8", "--learning_rate", "0.001", "--max_length", "512", "--max_prompt_length", "256",
+        "--prompt_template", template, "--max_steps", "20", "--gradient_accumulation_steps", "4",
+        "--max_eval_samples", "4", "--lora_r", "8", "--learning_rate", "0.001",
+        "--max_length", "512", "--max_prompt_length", "256",
     ]  # fmt: skip
     assert main([*map(str, arguments)]) == 65
     said = capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pairs, tiny_model, with_lora
+from tiny import random_pairs, tiny_model, with_lora
 from training.runs import adapter_weights, make_training, run
 
 from qlora_dpo.cli import main
@@ -92,7 +92,17 @@ def test_half_written_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
 
 def command(model: Path, pairs: Path, out: Path, *more: str) -> list[str]:
     options = ["--max_steps", "6", "--gradient_accumulation_steps", "4", "--save_steps", "2", "--dtype", "float32"]
-    return ["train", "--model_name_or_path", str(model), "--dataset", str(pairs), "--output_dir", str(out), *options, *more]
+    return [
+        "train",
+        "--model_name_or_path",
+        str(model),
+        "--dataset",
+        str(pairs),
+        "--output_dir",
+        str(out),
+        *options,
+        *more,
+    ]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IdPair, random_pairs, tiny_model, with_lora
+from tiny import IdPair, random_pairs, tiny_model, with_lora
 from training.runs import CPU, adapter_weights, make_training, run
 
 from qlora_dpo.data.packing import cut
