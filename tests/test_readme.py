@@ -1,0 +1,107 @@
+"""README stays true: its commands run, its links exist, its numbers are those of the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+
+
+def commands(path: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, folder: Path, model: Path, pairs: Path) -> None:
+    """Run a README command in `folder`, with the example names filled in and this Python as its environment."""
+    more = " --max_steps 2 --dtype float32" if "MODEL" in command else ""
+    command = command.replace("MODEL", str(model)).replace("PAIRS", str(pairs)) + more
+    command = re.sub(r"^\./", f"{ROOT}/", command)
+    command = re.sub(r"^python ", f"{sys.executable} ", command)
+    environment = os.environ | {"QLORA_DPO_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    if " app " in command:
+        check_served(command + " --port 0", folder, environment)
+        return
+    result = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+
+
+def check_served(command: str, folder: Path, environment: dict[str, str]) -> None:
+    log = folder / "served.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, shell=True, cwd=folder, env=environment | {"PYTHONUNBUFFERED": "1"}, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while "http://127.0.0.1" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+    assert "http://127.0.0.1" in log.read_text(), log.read_text()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    ran = []
+    for command in commands(READMES[0]):
+        if "run_tests.sh" in command:
+            continue  # it is running right now
+        run(command, tmp_path, model_folder, pairs_file)
+        ran.append(command)
+    assert "./run_dpo_training.sh" in ran and len(ran) >= 5
+
+
+def test_chinese_readme_has_the_same_commands() -> None:
+    assert set(commands(READMES[1])) <= set(commands(READMES[0]))
+
+
+@pytest.mark.parametrize(
+    "path", [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_and_named_paths_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (path.parent / target).exists(), f"{path.name} links to {target}"
+    for name in re.findall(r"`((?:qlora_dpo|eval|tests|benchmarks|docs)/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_flags_named_in_the_documents_exist() -> None:
+    from dataclasses import fields
+
+    from eval.options import AppOptions
+    from qlora_dpo.config import TRAIN_GROUPS, MergeOptions
+
+    known = {option.name for group in [*TRAIN_GROUPS.values(), MergeOptions, AppOptions] for option in fields(group)}
+    known |= {"help", "config", "quick", "strict"}
+    for path in [*READMES, *(ROOT / "docs").glob("*.md")]:
+        for flag in re.findall(r"(?<![\w-])--([a-z_0-9]+)", path.read_text(encoding="utf-8")):
+            assert flag in known, f"{path.name} names --{flag}"
+
+
+def test_measured_numbers_are_those_of_the_results() -> None:
+    text = READMES[0].read_text(encoding="utf-8")
+    startup = json.loads((ROOT / "benchmarks/results/startup.json").read_text())
+    median = sorted(startup["load_seconds"])[len(startup["load_seconds"]) // 2]
+    assert f"{median:.0f} s (217 M)" in text and round(startup["parameters"] / 1e6) == 217
+    slowest = max(max(seconds) for seconds in startup["help_seconds"].values())
+    assert slowest < 1.0 and median < 20
+    rows = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())
+    assert "LLaMA" in json.dumps(rows)
+
+
+def test_contributing_fits_on_a_page() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
