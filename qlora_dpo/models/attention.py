@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_dpo.data.packing import PackedLayout, Segment
+from qlora_dpo.data.packing import PackedLayout
 
 IMPLEMENTATION = "prefix_shared"
 
@@ -82,54 +82,64 @@ def prefix_shared_attention(
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported or dropout:
         raise NotImplementedError(f"a packed row with {unsupported or 'attention dropout'}")
-    attend = _varlen if query.is_cuda and query.dtype != torch.float32 and _varlen_attn() else _segment_by_segment
-    return attend(query, key, value, prefix_layout, scaling, sliding_window), None
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (T, H, D) each
+    varlen = _varlen_attn() if query.is_cuda and query.dtype != torch.float32 else None
+    kernel = varlen or _sdpa_by_segment
+    return attend(rows[0], rows[1], rows[2], prefix_layout, scaling, sliding_window, kernel)[None], None
 
 
-def _segment_by_segment(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    window: int | None,
+    kernel: Callable[..., Tensor],
 ) -> Tensor:
-    """SDPA per segment: exact floating-point work on every device, no T x T mask."""
-    outputs = []
-    for segment in layout.segments:
-        own = slice(segment.start, segment.start + segment.length)
-        prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix_length)
-        keys, values = key[:, :, own], value[:, :, own]
-        if segment.prefix_length:
-            keys = torch.cat([key[:, :, prefix], keys], dim=2)
-            values = torch.cat([value[:, :, prefix], values], dim=2)
-        mask = _segment_mask(segment, window, query.device)
-        attended = F.scaled_dot_product_attention(
-            query[:, :, own], keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # fmt: skip
-        outputs.append(attended)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _segment_mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
-    """Lower-right causal mask [length, prefix + length], or None where SDPA's own causal flag says the same."""
-    total = segment.prefix_length + segment.length
-    if not segment.prefix_length and (window is None or window >= total):
-        return None
-    query_position = torch.arange(segment.prefix_length, total, device=device)[:, None]
-    distance = query_position - torch.arange(total, device=device)[None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
-) -> Tensor:
-    """One `varlen_attn` call for the whole row: the prompt's keys and values are gathered a second time."""
-    keys, values = (_GatherRows.apply(tensor[0].transpose(0, 1), layout) for tensor in (key, value))
-    call = _varlen_attn()
-    assert call is not None
-    attended = call(
-        query[0].transpose(0, 1), keys, values, layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k,
+    """Attention of a packed row, [T, H, D]: keys and values are gathered so that each segment has its prefix before
+    it, then `kernel` (with the signature of torch's `varlen_attn`) attends lower-right causally."""
+    keys, values = (_GatherRows.apply(rows, layout) for rows in (key, value))
+    attended: Tensor = kernel(
+        query, keys, values, layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k,
         scale=scaling, window_size=(-1 if window is None else window - 1, 0),
     )  # fmt: skip
-    return attended[None]
+    return attended
+
+
+def _sdpa_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, _max_q: int, _max_k: int, *,
+    scale: float | None, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """`varlen_attn` by one SDPA call per segment: on every device and in every type, without a T x T mask."""
+    # Splits, not slices: the backward of a slice fills a zero tensor of the whole row for every segment.
+    lengths = [cu.diff().tolist() for cu in (cu_q, cu_k)]
+    pieces = zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True)
+    return torch.cat([_sdpa(*piece, scale, window_size[0]) for piece in pieces])
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, back: int) -> Tensor:
+    """One segment [Q, H, D] over its prefix and itself [K, Hkv, D]; a window reaches `back` keys back, -1 is all."""
+    mask = _segment_mask(len(query), len(key), back, query.device)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _segment_mask(queries: int, keys: int, back: int, device: torch.device) -> Tensor | None:
+    """Lower-right causal mask [queries, keys], or None where SDPA's own causal flag says the same."""
+    if queries == keys and not 0 <= back < keys - 1:
+        return None
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    mask = distance >= 0
+    return mask if back < 0 else mask & (distance <= back)
 
 
 class _GatherRows(torch.autograd.Function):

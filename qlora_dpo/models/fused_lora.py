@@ -84,7 +84,8 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     if isinstance(layer, Linear4bit):
-        weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        packed: Any = layer.weight
+        weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
         return weight.to(dtype)
     if isinstance(layer, Linear8bitLt):
         from peft.utils.integrations import dequantize_module_weight

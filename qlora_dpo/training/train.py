@@ -16,6 +16,7 @@ from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.environment import describe
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
+from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer, out_of_memory
 from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter, save_adapter
 from qlora_dpo.models.scoring import choose_scorer
@@ -80,6 +81,7 @@ def train(config: TrainConfig) -> Trained | None:
     with stop_on_signals() as stop:
         try:
             model = load_policy(config, device)
+            fuse_lora(model)
             scorer = choose_scorer(model, data.pairs[data.train[0]], device)
             set_activation_checkpointing(model, config.training.activation_checkpointing)
             engine = Engine(

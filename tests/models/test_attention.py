@@ -1,4 +1,4 @@
-"""The attention over a packed row: segment by segment, and the CUDA path against a stand-in for its kernel."""
+"""The attention over a packed row: gathered keys, and the two kernels against what torch documents."""
 
 from __future__ import annotations
 
@@ -48,14 +48,17 @@ def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def rows(*tensors: Tensor) -> list[Tensor]:
+    return [tensor[0].transpose(0, 1) for tensor in tensors]
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 1000])
-def test_cuda_path_on_a_stand_in_equals_segment_by_segment(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: plain_varlen)
+def test_sdpa_by_segment_is_what_varlen_attn_documents(window: int | None) -> None:
     tokens = int(layout().cu_seq_q[-1])
     results = []
-    for path in (attention._segment_by_segment, attention._varlen):
+    for kernel in (attention._sdpa_by_segment, plain_varlen):
         query, key, value = states(tokens)
-        output = path(query, key, value, layout(), 0.3, window)
+        output = attention.attend(*rows(query, key, value), layout(), 0.3, window, kernel)
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
         (output * weights).sum().backward()
         results.append((output, query.grad, key.grad, value.grad))
@@ -113,13 +116,14 @@ def test_real_kernel_equals_segment_by_segment(window: int | None) -> None:
     packed = layout().to(device)
     tokens = int(packed.cu_seq_q[-1])
     results = []
-    for path, dtype in ((attention._segment_by_segment, torch.float32), (attention._varlen, torch.bfloat16)):
+    kernels = ((attention._sdpa_by_segment, torch.float32), (attention._varlen_attn(), torch.bfloat16))
+    for kernel, dtype in kernels:
         torch.manual_seed(0)
         query, key, value = (
             torch.randn(1, heads, tokens, 64, device=device).to(torch.bfloat16).to(dtype).requires_grad_()
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
-        output = path(query, key, value, packed, 0.125, window)
+        output = attention.attend(*rows(query, key, value), packed, 0.125, window, kernel)
         (output.float() * torch.linspace(-1, 1, output.numel(), device=device).view_as(output)).sum().backward()
         results.append([tensor.float() for tensor in (output, query.grad, key.grad, value.grad)])
     for expected, ours in zip(*results, strict=True):
