@@ -4,7 +4,7 @@ python benchmarks/vs_trl.py --workload multi_turn [--rounds 3] [--steps 2] [--se
 
 Each program runs in a process of its own, A, B, A, B, ...; the first step of each run warms up and is not counted.
 `--search` first tries TRL's forms (batch 1, 2, 4; reference inline or precomputed; checkpointing off or on) for one
-round and takes its fastest. Losses of the counted steps are compared. Writes benchmarks/results/vs_trl_WORKLOAD.{json,md}.
+round and takes its fastest. Losses are compared. Writes benchmarks/results/vs_trl_WORKLOAD.{json,md}.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def run_child(task: dict[str, Any]) -> None:
 
     prepare_process()
     losses, stamps, tokens = {"ours": run_ours, "trl": run_trl}[task["program"]](task)
-    seconds = [after - before for before, after in zip(stamps, stamps[1:], strict=False)][1:]
+    seconds = [after - before for before, after in pairwise(stamps)][1:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"losses": losses, "seconds": seconds, "peak_gib": peak, "tokens": tokens}))
 
@@ -266,24 +267,22 @@ def summary(run: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The table: medians over all counted steps of all rounds, spread, ratio to TRL."""
     machine = results["environment"]
-    medians = {
-        name: statistics.median(s for run in runs for s in run["seconds"]) for name, runs in results["runs"].items()
-    }
+    counted = {name: [s for run in runs for s in run["seconds"]] for name, runs in results["runs"].items()}
+    medians = {name: statistics.median(seconds) for name, seconds in counted.items()}
     trl = next(iter(medians.values()))
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     lines = [
         f"# Against TRL: {results['workload']}",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, no GPU. torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, peft {machine['peft']}, bitsandbytes {machine['bitsandbytes']}, trl 1.16.0. LLaMA shape "
-        f"({SHAPE['hidden_size']} x {SHAPE['num_hidden_layers']}), NF4, bf16, r={RANK} on all linear layers, "
-        f"{PAIRS_PER_STEP} pairs a step.",
+        f"{machine['processor']}, {machine['cores']} cores, no GPU. {versions}, trl 1.16.0. LLaMA shape "
+        f"({SHAPE['hidden_size']} wide, {SHAPE['num_hidden_layers']} layers), NF4 with double quantization, bf16, "
+        f"r={RANK} on all linear layers, {PAIRS_PER_STEP} pairs a step, no activation checkpointing in ours.",
         "",
         "| program | s/step (median, spread) | pairs/s | against TRL | peak memory |",
         "|---|---|---|---|---|",
     ]
     for name, runs in results["runs"].items():
-        seconds = [s for run in runs for s in run["seconds"]]
-        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        spread = f"{min(counted[name]):.1f} to {max(counted[name]):.1f}"
         peak = max(run["peak_gib"] for run in runs)
         lines.append(
             f"| {name} | {medians[name]:.1f} ({spread}) | {PAIRS_PER_STEP / medians[name]:.2f} "
