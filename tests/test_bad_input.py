@@ -48,6 +48,7 @@ def check(code: int, expected: int, err: str, *parts: str) -> None:
         (["--optim", "paged_adamw_8bit", "--use_cpu"], ["--optim paged_adamw_8bit", "GPU"]),
         (["--lora_target_modules", "no_such_layer"], ["no_such_layer", "q_proj"]),
         (["--trust_remote_code"], ["--model_revision"]),
+        (["--reference_model", "runs/sft", "--lora_r", "8"], ["--lora_r 8", "--reference_model"]),
         (["--report_to", "mlflow"], ["mlflow", "wandb"]),
         (["--dataset_format", "hh_rlhf"], ["hh_rlhf", "hh-rlhf"]),
     ],

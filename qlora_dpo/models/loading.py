@@ -65,6 +65,7 @@ def load_base(
         config = AutoConfig.from_pretrained(name, **source)
     except Exception as error:
         raise _loading_error("model", name, revision, error) from error
+    disable_dropout(config)
     if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
         check_cpu_quantizable(config, trust_remote_code)
     try:
@@ -84,6 +85,14 @@ def load_base(
     model.requires_grad_(False)
     keep_cpu_layers_differentiable(model)
     return model
+
+
+def disable_dropout(config: Any) -> None:
+    """Switch off the base's own dropout, as DPO trainers do: policy and reference must differ by the adapter alone."""
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if name.endswith(("dropout", "pdrop", "dropout_p")) and isinstance(value, float):
+            setattr(text, name, 0.0)
 
 
 def check_cpu_quantizable(config: Any, trust_remote_code: bool = False) -> None:

@@ -127,6 +127,11 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name and f".{POLICY}." in name]
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two forward passes in training mode can differ."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the policy's adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
     from peft import get_peft_model_state_dict

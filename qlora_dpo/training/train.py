@@ -18,7 +18,14 @@ from qlora_dpo.errors import StorageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer, out_of_memory
-from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter, save_adapter
+from qlora_dpo.models.lora import (
+    POLICY,
+    add_adapter,
+    add_frozen_reference,
+    has_dropout,
+    load_adapter,
+    save_adapter,
+)
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.objectives.objective import make_objective
 from qlora_dpo.training.curves import draw_curves
@@ -192,7 +199,7 @@ def prepare(
         ),
         stop=stop,
         show_samples=samples,
-        has_dropout=config.lora.lora_dropout > 0,
+        has_dropout=has_dropout(engine.model),
     )
 
 

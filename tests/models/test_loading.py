@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
-from tiny import tiny_config
+import torch
+from tiny import tiny_config, tiny_model
 
-from qlora_dpo.models.loading import load_tokenizer
+from qlora_dpo.models.loading import load_base, load_tokenizer
+from qlora_dpo.models.lora import has_dropout
 
 TEXT = "Water boils at 100 °C. 水在一百度沸腾。"
 
@@ -20,3 +22,14 @@ def test_bare_sentencepiece_file_gives_its_own_ids(shared_data: Path, tmp_path: 
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
     assert tokenizer.pad_token_id is not None
+
+
+def test_base_is_loaded_without_its_own_dropout(tmp_path: Path) -> None:
+    shape = {"n_embd": 64, "n_head": 4, "n_layer": 2}
+    dropping = tiny_model("gpt2", attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1, **shape)
+    assert has_dropout(dropping)
+    dropping.save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    assert not has_dropout(base)
+    ids = torch.tensor([[1, 5, 6]])
+    assert torch.equal(base.train()(input_ids=ids).logits, base(input_ids=ids).logits)
