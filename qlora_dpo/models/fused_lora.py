@@ -22,7 +22,7 @@ from qlora_dpo.models.lora import POLICY
 def fuse_lora(model: nn.Module) -> int:
     """Replace the forward of every plain LoRA layer of the policy; returns how many were replaced.
 
-    Layers with dropout, DoRA or another variant keep PEFT's forward. Parameters, names and saving stay PEFT's.
+    Layers in 8 bit, with dropout, DoRA or another variant keep PEFT's forward. Parameters, names and saving stay PEFT's.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -35,7 +35,10 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _is_plain(layer: Any) -> bool:
-    is_linear = isinstance(layer.get_base_layer(), nn.Linear)  # bitsandbytes' layers derive from it
+    from bitsandbytes.nn import Linear8bitLt
+
+    base = layer.get_base_layer()
+    is_linear = isinstance(base, nn.Linear) and not isinstance(base, Linear8bitLt)  # Linear4bit derives from Linear
     has_dropout = any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
     has_bias = any(layer.lora_bias.values())
     return is_linear and POLICY in layer.lora_A and not (has_dropout or has_bias or layer.lora_variant)
@@ -79,18 +82,13 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The frozen layer's weight [O, H] in `dtype`, dequantized where it is quantized."""
+    """The frozen layer's weight [O, H] in `dtype`, dequantized where it is in 4 bit."""
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn import Linear4bit
 
     if isinstance(layer, Linear4bit):
         packed: Any = layer.weight
         weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
-        return weight.to(dtype)
-    if isinstance(layer, Linear8bitLt):
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(layer).data
         return weight.to(dtype)
     plain: Tensor = layer.weight
     return plain.to(dtype)
