@@ -22,7 +22,7 @@ from qlora_dpo.models.lora import POLICY
 def fuse_lora(model: nn.Module) -> int:
     """Replace the forward of every plain LoRA layer of the policy; returns how many were replaced.
 
-    Layers in 8 bit, with dropout, DoRA or another variant keep PEFT's forward. Parameters, names and saving stay PEFT's.
+    Layers in 8 bit, with dropout, DoRA or another variant keep PEFT's forward. Parameters, names and saving are PEFT's.
     """
     from peft.tuners.lora import LoraLayer
 
