@@ -101,6 +101,9 @@ def run_commands(program: str, commands: dict[str, Command], argv: list[str]) ->
     except QloraDpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # outside the training loop, which answers signals itself with a checkpoint
+        print("Stopped by Ctrl-C; the same command starts again where it can.", file=sys.stderr)
+        return 130
 
 
 def _overview(program: str, commands: dict[str, Command]) -> str:

@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 def prepare_process() -> None:
     """Set up a command's process before torch is imported; never called on import.
 
-    Idle OpenMP threads sleep instead of spinning (a busy neighbor otherwise slows a CPU run tenfold), and libraries
+    Idle OpenMP threads sleep instead of spinning (a busy neighbor otherwise slows a CPU run badly), and libraries
     keep to themselves what they say about each other.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
