@@ -1,296 +1,221 @@
 """Training speed and memory against TRL's DPOTrainer: same pairs, same order, same LoRA start, alternating rounds.
 
-python benchmarks/vs_trl.py --workload multi_turn [--rounds 3] [--steps 2] [--search]
+python benchmarks/vs_trl.py --workload multi_turn --search     finds TRL's best form: results/trl_forms_WORKLOAD
+python benchmarks/vs_trl.py --workload multi_turn [--lean]     compares with it: results/vs_trl_WORKLOAD
 
-Each program runs in a process of its own, A, B, A, B, ...; the first step of each run warms up and is not counted.
-`--search` first tries TRL's forms (batch 1, 2, 4; reference inline or precomputed; checkpointing off or on) for one
-round and takes its fastest. Losses are compared. Writes benchmarks/results/vs_trl_WORKLOAD.{json,md}.
+Each run is a process of its own; its first step warms up and is not counted. With the reference known, as from a store
+or in a second epoch, ours is compared with TRL's fastest step; in a first epoch, with TRL's fastest step that includes
+the reference's share. `--lean` adds full activation checkpointing, both ways.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results"
-PAIRS_PER_STEP, RANK, LEARNING_RATE = 16, 64, 1e-4
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12, "num_attention_heads": 16}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# (prompt, chosen, rejected): mean tokens of an exponential length distribution, or a fixed length; vocabulary
-WORKLOADS: dict[str, dict[str, Any]] = {
-    "multi_turn": {"means": (138, 135, 52), "vocabulary": 32_000},
-    "belle": {"means": (70, 135, 52), "vocabulary": 32_000},
-    "long_prompt": {"fixed": (1000, 200, 200), "vocabulary": 32_000},
-    "vocabulary_152k": {"means": (138, 135, 52), "vocabulary": 152_000},
-    "tiny": {"means": (20, 12, 8), "vocabulary": 512},
-}
-OURS = {"ours, reference known": {"known": True}, "ours, first epoch": {"known": False}}
-TRL_BEST = {"batch": 1, "precompute": False, "checkpointing": False}
+from benchmarks.processes import RESULTS, run
+from benchmarks.programs import RANK, Run, Task, machine_line, pairs_line, prepare
+from benchmarks.run_ours import OurForm, run_ours
+from benchmarks.run_trl import TrlForm, run_trl
+from benchmarks.trl_forms import FORMS, forms_table, parse_form, read_best_forms, search
+from benchmarks.workloads import WORKLOADS
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: how a program's runs are read, and the line that it is compared with."""
+
+    name: str
+    program: TrlForm | OurForm
+    counts_reference: bool = False
+    """A step bears its share of the reference's pass before the first step."""
+    against: str | None = None
 
 
 def main() -> None:
-    """Measure one workload, print and write its table."""
-    parser = argparse.ArgumentParser()
+    """Search or measure one workload; print and write the table."""
+    options = parse_arguments()
+    options.output.mkdir(parents=True, exist_ok=True)
+    forms_file = options.output / f"trl_forms_{options.workload}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        if options.search:
+            few = options.search_pairs or min(8, WORKLOADS[options.workload].pairs_per_step)
+            task, results = prepared(options, folder, pairs_per_step=few, steps=1, warm_up=0)
+            search(task, FORMS, lambda rows: write(forms_file, results | {"forms": rows}, forms_table))
+            print(forms_table(results | json.loads(forms_file.read_text())))
+            return
+        best = (options.trl_form,) * 2 if options.trl_form else read_best_forms(forms_file)
+        pairs_per_step = options.pairs_per_step or WORKLOADS[options.workload].pairs_per_step
+        task, results = prepared(
+            options, folder, pairs_per_step=pairs_per_step, steps=options.steps, warm_up=options.warm_up
+        )
+        rows = make_rows(*best, max_tokens=options.max_tokens, lean=options.lean)
+        results |= {"rounds": options.rounds, "max_tokens": options.max_tokens}
+        file = options.output / f"vs_trl_{options.workload}.json"
+        measure(task, rows, results, lambda: write(file, results, table))
+        print(table(results))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="multi_turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--child")
-    arguments = parser.parse_args()
-    if arguments.child:
-        run_child(json.loads(arguments.child))
-        return
-    results = measure(arguments.workload, arguments.rounds, arguments.steps, arguments.search)
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"vs_trl_{arguments.workload}"
-    file.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    file.with_suffix(".md").write_text(markdown(results))
-    print(markdown(results))
+    parser.add_argument("--steps", type=int, default=2, help="counted steps of a run")
+    parser.add_argument("--warm_up", type=int, default=1, help="steps before them")
+    parser.add_argument("--pairs_per_step", type=int, help="default: the workload's")
+    parser.add_argument("--max_tokens", type=int, default=2048, help="tokens of a micro-batch of ours")
+    parser.add_argument("--lean", action="store_true", help="add full activation checkpointing, both ways")
+    parser.add_argument("--trl_form", type=parse_form, help="batch=1,precompute=false,checkpointing=false")
+    parser.add_argument("--search", action="store_true", help="try every form of TRL and store the best")
+    parser.add_argument("--search_pairs", type=int, help="pairs of a form's only step, a multiple of 4; default 8 or 4")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    if (options.search_pairs or 0) % 4:
+        parser.error(f"--search_pairs {options.search_pairs} is not a multiple of 4, the largest batch tried")
+    return options
 
 
-def measure(workload: str, rounds: int, steps: int, search: bool) -> dict[str, Any]:
-    """Alternate the programs on one workload; returns every run."""
-    from qlora_dpo.environment import describe
-
-    with tempfile.TemporaryDirectory() as folder:
-        task = prepare(workload, Path(folder), steps)
-        forms = TRL_BEST if not search else search_trl(task)
-        programs: dict[str, dict[str, Any]] = {f"TRL 1.16, {describe_form(forms)}": {"program": "trl", **forms}}
-        programs |= {name: {"program": "ours", **options} for name, options in OURS.items()}
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
-        for number in range(rounds):
-            for name, options in programs.items():
-                runs[name].append(run_process(task | options))
-                print(f"round {number + 1}: {name}: {summary(runs[name][-1])}", file=sys.stderr, flush=True)
-    return {"environment": describe(), "workload": workload, **WORKLOADS[workload], "steps": steps, "runs": runs}
+def prepared(options: argparse.Namespace, folder: str, **steps: int) -> tuple[Task, dict[str, Any]]:
+    """The task, its files made in `folder`, and the head of the results."""
+    task = Task(f"{folder}/model", f"{folder}/pairs.json", **steps)
+    head = run(prepare, options.workload, task)
+    return task, head | {"task": asdict(task) | {"model": "model", "pairs": "pairs.json"}}
 
 
-def prepare(workload: str, folder: Path, steps: int) -> dict[str, Any]:
-    """Make the model (random weights, bf16) and the pairs (random ids of the workload's lengths)."""
-    from qlora_dpo.environment import prepare_process
-
-    prepare_process()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    spec = WORKLOADS[workload]
-    shape = SHAPE if workload != "tiny" else {key: value // 8 // 64 * 64 or 2 for key, value in SHAPE.items()}
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=spec["vocabulary"], max_position_embeddings=4096, pad_token_id=0, **shape)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "model")
-    generator = random.Random(0)
-
-    def length(position: int) -> int:
-        if "fixed" in spec:
-            return int(spec["fixed"][position])
-        return max(4, min(1024, round(generator.expovariate(1 / spec["means"][position]))))
-
-    def ids(count: int) -> list[int]:
-        return [generator.randrange(3, spec["vocabulary"]) for _ in range(count)]
-
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = [{name: ids(length(n)) for n, name in enumerate(names)} for _ in range((steps + 1) * PAIRS_PER_STEP)]
-    (folder / "pairs.json").write_text(json.dumps(rows))
-    return {"model": str(folder / "model"), "pairs": str(folder / "pairs.json"), "steps": steps + 1}
+def make_rows(steady: TrlForm, first: TrlForm, *, max_tokens: int, lean: bool) -> list[Row]:
+    """The lines of the table, each program of ours after TRL's that it is compared with."""
+    known, inline = Row(str(steady), steady), Row(str(first), first)
+    if first.precompute:
+        inline = Row(f"{inline.name}, that pass counted in", first, counts_reference=True)
+    rows = []
+    for baseline, form in ((known, OurForm(max_tokens=max_tokens)), (inline, OurForm(False, max_tokens=max_tokens))):
+        rows += [] if baseline in rows else [baseline]
+        rows.append(Row(str(form), form, against=baseline.name))
+    if lean:
+        least = TrlForm(batch=1, precompute=True, checkpointing=True)
+        ours = OurForm(checkpointing="full", max_tokens=max_tokens)
+        rows += [Row(str(least), least)] if least != steady else []
+        rows.append(Row(str(ours), ours, against=str(least)))
+    return rows
 
 
-def search_trl(task: dict[str, Any]) -> dict[str, Any]:
-    """TRL's fastest form on this machine and workload."""
-    forms = [
-        {"batch": batch, "precompute": precompute, "checkpointing": checkpointing}
-        for batch in (1, 2, 4)
-        for precompute in (False, True)
-        for checkpointing in (False, True)
-    ]
-    measured = []
-    for form in forms:
-        run = run_process(task | {"program": "trl"} | form)
-        measured.append((statistics.median(run["seconds"]), form))
-        print(f"TRL {describe_form(form)}: {summary(run)}", file=sys.stderr, flush=True)
-    return min(measured, key=lambda row: row[0])[1]
+def measure(task: Task, rows: list[Row], results: dict[str, Any], note: Callable[[], None]) -> None:
+    """Run every program in every round, then ours in its plainest form once for its losses; `note` after each round."""
+    programs = list(dict.fromkeys(row.program for row in rows))
+    results["rows"] = [asdict(row) | {"program": str(row.program)} for row in rows]
+    runs: dict[str, list[dict[str, Any]]] = {str(program): [] for program in programs}
+    results["runs"] = runs
+    for number in range(results["rounds"]):
+        for program in programs:
+            found = run_program(task, program)
+            runs[str(program)].append(asdict(found))
+            summary = f"{statistics.median(found.seconds):.2f} s/step, {found.peak_gib:.2f} GiB"
+            print(f"round {number + 1}: {program}: {summary}", file=sys.stderr, flush=True)
+        note()
+    plain = OurForm(reference_known=False, plain=True, max_tokens=1)
+    results["plain"] = asdict(run_program(task, plain)) | {"form": str(plain)}
+    note()
 
 
-def run_process(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one program in a fresh process; its last line of output is its result."""
-    command = [sys.executable, __file__, "--child", json.dumps(task)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
-    if result.returncode:
-        raise RuntimeError(result.stderr[-3000:])
-    found: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
-    return found
+def run_program(task: Task, program: TrlForm | OurForm) -> Run:
+    """One run in a fresh process."""
+    return run(run_trl, task, program) if isinstance(program, TrlForm) else run(run_ours, task, program)
 
 
-def run_child(task: dict[str, Any]) -> None:
-    """Train as the task says; print the losses and seconds of the steps and the peak memory."""
-    from qlora_dpo.environment import prepare_process
-
-    prepare_process()
-    losses, stamps, tokens = {"ours": run_ours, "trl": run_trl}[task["program"]](task)
-    seconds = [after - before for before, after in pairwise(stamps)][1:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"losses": losses, "seconds": seconds, "peak_gib": peak, "tokens": tokens}))
+def write(file: Path, results: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
+    """The results as JSON and as a table beside it."""
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(render(results), encoding="utf-8")
 
 
-def policy(task: dict[str, Any]) -> Any:
-    """The quantized base with the LoRA adapter that both programs start from."""
-    import torch
-
-    from qlora_dpo.config import ModelOptions, quantization_of
-    from qlora_dpo.models.loading import load_base
-    from qlora_dpo.models.lora import add_adapter
-
-    base = load_base(task["model"], device=torch.device("cpu"), quantization=quantization_of(ModelOptions()))
-    return add_adapter(base, r=RANK, alpha=RANK, dropout=0.0, target_modules=["all-linear"], seed=0)
-
-
-def run_ours(task: dict[str, Any]) -> tuple[list[float], list[float], int]:
-    """This tool's engine on the task's pairs."""
-    import torch
-
-    from qlora_dpo.data.tokenization import TokenizedPair
-    from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
-    from qlora_dpo.models.fused_lora import fuse_lora
-    from qlora_dpo.models.lora import trainable_parameters
-    from qlora_dpo.models.scoring import choose_scorer
-    from qlora_dpo.objectives.objective import make_objective
-    from qlora_dpo.training.engine import Engine, local_reference
-
-    device = torch.device("cpu")
-    pairs = [TokenizedPair(**row) for row in json.loads(Path(task["pairs"]).read_text())]
-    model = policy(task)
-    fuse_lora(model)
-    scorer = choose_scorer(model, pairs[0], device)
-    set_activation_checkpointing(model, "none")
-    reference = local_reference(model, scorer)
-    engine = Engine(model, scorer, make_objective(), pairs, reference, device, 4096, PAIRS_PER_STEP)
-    if task["known"]:
-        engine.evaluate(range(len(pairs)), lambda: None)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    losses, stamps = [], [time.perf_counter()]
-    for step in range(task["steps"]):
-        indices = range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP)
-        losses.append(engine.accumulate_gradient(indices, lambda: None)["loss"])
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        stamps.append(time.perf_counter())
-    return losses, stamps, engine.tokens(range(PAIRS_PER_STEP, len(pairs)))
+def read_row(row: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of every counted step of the row's runs, their median, and the peak."""
+    task, runs = Task(**results["task"]), results["runs"][row["program"]]
+    share = [run["reference_seconds"] / task.all_steps if row["counts_reference"] else 0.0 for run in runs]
+    seconds = [second + extra for run, extra in zip(runs, share, strict=True) for second in run["seconds"]]
+    return {
+        "seconds": seconds,
+        "median": statistics.median(seconds),
+        "peak_gib": max(run["peak_gib"] for run in runs),
+    }
 
 
-def run_trl(task: dict[str, Any]) -> tuple[list[float], list[float], int]:
-    """TRL's trainer on the same token ids in the same order."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from torch.utils.data import SequentialSampler
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    class OnTokenIds(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
-            return dataset
-
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.stamps: list[float] = []
-
-        def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
-            self.stamps = self.stamps or [time.perf_counter()]
-
-        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-            self.stamps.append(time.perf_counter())
-
-    rows = json.loads(Path(task["pairs"]).read_text())
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = OnTokenIds(
-            model=policy(task),
-            args=DPOConfig(
-                output_dir=folder,
-                max_steps=task["steps"],
-                per_device_train_batch_size=task["batch"],
-                gradient_accumulation_steps=PAIRS_PER_STEP // task["batch"],
-                precompute_ref_log_probs=task["precompute"],
-                gradient_checkpointing=task["checkpointing"],
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                max_grad_norm=1.0,
-                weight_decay=0.0,
-                logging_steps=1,
-                max_length=4096,
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                save_strategy="no",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
-            callbacks=[clock],
+def table(results: dict[str, Any]) -> str:
+    """Medians over the counted steps of all rounds, their spread, and the ratios to TRL."""
+    pairs, tokens = results["task"]["pairs_per_step"], results["unshared_tokens_per_pair"]
+    lines = [*heading(results), ""]
+    lines += ["| program | s/step (spread) | pairs/s | tokens/s | speed | peak memory | memory |", "|---" * 7 + "|"]
+    readings = {row["name"]: read_row(row, results) for row in results["rows"]}
+    letters = dict(zip(readings, "ABCDEFGH", strict=False))
+    for row in results["rows"]:
+        reading = readings[row["name"]]
+        speed = memory = ""
+        if row["against"] is not None:
+            baseline, letter = readings[row["against"]], letters[row["against"]]
+            speed = f"{baseline['median'] / reading['median']:.2f} x {letter}"
+            memory = f"{reading['peak_gib'] / baseline['peak_gib']:.2f} x {letter}"
+        spread = f"{min(reading['seconds']):.2f} to {max(reading['seconds']):.2f}"
+        rate, name = pairs / reading["median"], f"{letters[row['name']]}. {row['name']}"
+        lines.append(
+            f"| {name} | {reading['median']:.2f} ({spread}) | {rate:.2f} | {rate * tokens:.0f} "
+            f"| {speed} | {reading['peak_gib']:.2f} GiB | {memory} |"
         )
-        trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    counted = rows[PAIRS_PER_STEP:]
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in counted)
-    return losses, clock.stamps, tokens
+    return "\n".join([*lines, "", *notes(results), ""])
 
 
-def describe_form(form: dict[str, Any]) -> str:
-    """`batch 1, reference inline, no checkpointing`."""
-    reference = "reference precomputed" if form["precompute"] else "reference inline"
-    return f"batch {form['batch']}, {reference}, {'' if form['checkpointing'] else 'no '}checkpointing"
-
-
-def summary(run: dict[str, Any]) -> str:
-    """One run in a few words."""
-    return f"{statistics.median(run['seconds']):.1f} s/step, {run['peak_gib']:.2f} GiB"
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table: medians over all counted steps of all rounds, spread, ratio to TRL."""
-    machine = results["environment"]
-    counted = {name: [s for run in runs for s in run["seconds"]] for name, runs in results["runs"].items()}
-    medians = {name: statistics.median(seconds) for name, seconds in counted.items()}
-    trl = next(iter(medians.values()))
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    lines = [
+def heading(results: dict[str, Any]) -> list[str]:
+    """What was measured, on what."""
+    shape, task = results["shape"], results["task"]
+    size = f"{shape['hidden_size']} wide, {shape['num_hidden_layers']} layers, vocabulary {results['vocabulary']:,}"
+    return [
         f"# Against TRL: {results['workload']}",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, no GPU. {versions}, trl 1.16.0. LLaMA shape "
-        f"({SHAPE['hidden_size']} wide, {SHAPE['num_hidden_layers']} layers), NF4 with double quantization, bf16, "
-        f"r={RANK} on all linear layers, {PAIRS_PER_STEP} pairs a step, no activation checkpointing in ours.",
-        "",
-        "| program | s/step (median, spread) | pairs/s | against TRL | peak memory |",
-        "|---|---|---|---|---|",
+        machine_line(results["environment"]),
+        f"LLaMA shape of {results['parameters'] / 1e6:.0f} M ({size}), NF4 with double quantization, bf16, r={RANK} "
+        f"on all linear layers. {task['pairs_per_step']} pairs a step: {pairs_line(results)}.",
     ]
-    for name, runs in results["runs"].items():
-        spread = f"{min(counted[name]):.1f} to {max(counted[name]):.1f}"
-        peak = max(run["peak_gib"] for run in runs)
-        lines.append(
-            f"| {name} | {medians[name]:.1f} ({spread}) | {PAIRS_PER_STEP / medians[name]:.2f} "
-            f"| {trl / medians[name]:.2f} x | {peak:.2f} GiB |"
-        )
-    every = [run["losses"] for runs in results["runs"].values() for run in runs]
-    difference = max(abs(a - b) for losses in every for a, b in zip(losses, every[0], strict=True))
-    return "\n".join([*lines, "", f"Largest difference of a step's loss between any two runs: {difference:.1e}.", ""])
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What a reader must know to trust the table, and how far the losses agree."""
+    runs, task = results["runs"], Task(**results["task"])
+    ours = [run["losses"] for name, found in runs.items() if name.startswith("ours") for run in found]
+    trl = [run["losses"] for name, found in runs.items() if not name.startswith("ours") for run in found]
+    loads = [run["load_average"] for found in runs.values() for run in found]
+    counted = f"{len(next(iter(runs.values())))} rounds of {task.steps} counted steps"
+    few = " (a step of 16 takes TRL many minutes here)" if results["workload"] == "long_prompt" else ""
+    passes = {name: found[0]["reference_seconds"] for name, found in runs.items() if found[0]["reference_seconds"]}
+    lines = [
+        f"Medians over {counted}{few}; speed and memory are against the line of that letter. tokens/s count the "
+        "prompt twice and no padding, for every program. Ours: micro-batches of at most "
+        f"{results['max_tokens']} tokens, no activation checkpointing unless named.",
+        "",
+        f"The reference's pass over all {task.all_steps * task.pairs_per_step} pairs before the first step: "
+        + "; ".join(f"{name}: {seconds:.1f} s" for name, seconds in passes.items())
+        + ".",
+        "",
+        f"Largest difference of a step's loss between ours and TRL: {largest_difference(ours, trl):.1e} "
+        "(ours trains the adapter in fp32, TRL in bf16).",
+    ]
+    if "plain" in results:
+        floor = largest_difference(ours, [results["plain"]["losses"]])
+        lines[-1] += f" Between ours and ours with PEFT's own forward on padded rows, one pair at a time: {floor:.1e}."
+    return [*lines, "", f"Load average of the machine meanwhile: at most {max(loads):.1f}."]
+
+
+def largest_difference(some: list[list[float]], others: list[list[float]]) -> float:
+    """Between the losses of any step of any two runs."""
+    return max(abs(a - b) for one in some for other in others for a, b in zip(one, other, strict=True))
 
 
 if __name__ == "__main__":

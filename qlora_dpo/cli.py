@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, Names, Numbers, TrainConfig, train_config
+from qlora_dpo.config import (
+    TRAIN_GROUPS,
+    MergeOptions,
+    Names,
+    Numbers,
+    PlanOptions,
+    TrainConfig,
+    plan_config,
+    train_config,
+)
 from qlora_dpo.environment import prepare_process
 from qlora_dpo.errors import QloraDpoError, UsageError
 
@@ -19,7 +28,7 @@ RENAMED = {
     "bits": "--load_in_4bit or --load_in_8bit",
     "double_quant": "--bnb_4bit_use_double_quant",
     "quant_type": "--bnb_4bit_quant_type",
-    "gradient_checkpointing": "--activation_checkpointing none|selective|full",
+    "gradient_checkpointing": "--activation_checkpointing auto|none|selective|full|offload",
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16 (float16 makes DPO gradients overflow)",
     "resume_from_checkpoint": "nothing: the same command again continues by itself; --fresh starts anew",
@@ -49,6 +58,12 @@ def _train(config: TrainConfig) -> None:
         train(config)
 
 
+def _plan(options: tuple[TrainConfig, PlanOptions]) -> None:
+    from qlora_dpo.training.plan import plan
+
+    plan(*options)
+
+
 def _merge(options: MergeOptions) -> None:
     from qlora_dpo.release.merge import merge
 
@@ -67,6 +82,12 @@ COMMANDS = {
         tuple(TRAIN_GROUPS.values()),
         train_config,
         _train,
+    ),
+    "plan": Command(
+        "Say where each GB goes, how long it takes and what it costs, before anything is loaded.",
+        (*TRAIN_GROUPS.values(), PlanOptions),
+        plan_config,
+        _plan,
     ),
     "merge": Command(
         "Merge an adapter into a plain 16-bit model folder.",

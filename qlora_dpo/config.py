@@ -161,11 +161,12 @@ class TrainingOptions:
     """With --gradient_accumulation_steps: their product is the number of pairs of one optimizer step."""
     gradient_accumulation_steps: int = 16
     """See --per_device_train_batch_size. How a step is cut into micro-batches is the engine's affair."""
-    max_tokens_per_microbatch: int = 4096
-    """Tokens that go through the model at once; the loss of a step does not depend on it."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What the forward pass keeps: everything, the outputs of matrix products and attention, or each
-    layer's input only."""
+    max_tokens_per_microbatch: int | None = None
+    """Tokens that go through the model at once; the loss of a step does not depend on it. Default: what fits, found by
+    measuring before the first step, on a GPU; 2048 on a CPU."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    """What the forward pass keeps: everything, the outputs of matrix products and attention, each layer's input
+    only, or that input in CPU memory. auto: per layer, the least recomputation that fits into the free memory."""
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
     """auto: paged_adamw_8bit on a GPU, adamw_torch on a CPU (bitsandbytes has no paged optimizer there)."""
     weight_decay: float = 0.0
@@ -228,6 +229,19 @@ class TrainConfig:
         return [(option.name, getattr(group, option.name)) for group in groups for option in fields(group)]
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """Plan: the machine that the run is for. All options of `train` are read too."""
+
+    gpu_memory: float | None = None
+    """GiB of the GPU, as nvidia-smi counts them: 24 for a 24 GB card. Default: this machine's GPU, and without one
+    the memory that is available."""
+    gpu_price_per_hour: float | None = None
+    """Price of an hour of the GPU, for the cost of the run."""
+    tokens_per_second: float | None = None
+    """Tokens that are trained on per second, where it was measured; it replaces the estimate."""
+
+
 TRAIN_GROUPS = {
     "model": ModelOptions,
     "lora": LoraOptions,
@@ -237,7 +251,7 @@ TRAIN_GROUPS = {
 }
 
 
-def train_config(options: dict[str, Any]) -> TrainConfig:
+def train_config(options: dict[str, Any], needs_data: bool = True) -> TrainConfig:
     """Build a checked `TrainConfig` from flat options.
 
     Raises:
@@ -248,10 +262,31 @@ def train_config(options: dict[str, Any]) -> TrainConfig:
         for name, group in TRAIN_GROUPS.items()
     }
     config = TrainConfig(**groups)
-    problems = [*_impossible(config), *_ignored(config)]
+    problems = [*_impossible(config, needs_data), *_ignored(config)]
     if problems:
         raise UsageError("\n".join(problems))
     return config
+
+
+def plan_config(options: dict[str, Any]) -> tuple[TrainConfig, PlanOptions]:
+    """Build the checked options of `plan`: those of the run, whose --dataset may be left out, and its own.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    if options["model_name_or_path"] is None:
+        raise UsageError("plan needs --model_name_or_path: name a local model folder or a Hub id.")
+    own = PlanOptions(**{option.name: options[option.name] for option in fields(PlanOptions)})
+    for option in fields(own):
+        value = getattr(own, option.name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{option.name} {value}: must be above 0.")
+    config = train_config(options, needs_data=False)
+    if config.data.dataset is None and own.gpu_price_per_hour is not None:
+        raise UsageError("--gpu_price_per_hour would be ignored: without --dataset there are no hours to pay for.")
+    if config.model.use_cpu and own.gpu_memory is not None:
+        raise UsageError("--gpu_memory would be ignored: --use_cpu plans for the CPU. Leave one of them out.")
+    return config, own
 
 
 def _plain(value: Any) -> Any:
@@ -260,7 +295,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _impossible(config: TrainConfig) -> list[str]:
+def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
     """Options whose values cannot work, one sentence each."""
     model, data, training = config.model, config.data, config.training
     problems = [
@@ -270,7 +305,7 @@ def _impossible(config: TrainConfig) -> list[str]:
     ]
     if model.model_name_or_path is None and data.dataset is not None:
         problems.append("--dataset needs --model_name_or_path: name a local model folder or a Hub id.")
-    if data.dataset is None and model.model_name_or_path is not None:
+    if data.dataset is None and model.model_name_or_path is not None and needs_data:
         problems.append("--model_name_or_path needs --dataset: name a file, a folder or a Hub id of pairs.")
     if data.max_prompt_length >= data.max_length:
         problems.append(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from eval.options import AppOptions
-from qlora_dpo.config import TRAIN_GROUPS, MergeOptions
+from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, PlanOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
@@ -84,7 +84,8 @@ def test_every_module_can_be_imported_and_has_no_effects(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "command", ["qlora_dpo", "qlora_dpo train", "qlora_dpo merge", "qlora_dpo env", "eval", "eval app"]
+    "command",
+    ["qlora_dpo", "qlora_dpo train", "qlora_dpo plan", "qlora_dpo merge", "qlora_dpo env", "eval", "eval app"],
 )
 def test_help_is_fast_and_imports_no_torch(command: str) -> None:
     program, *rest = command.split()
@@ -106,13 +107,13 @@ def test_every_option_is_read_somewhere() -> None:
     sources = {path: path.read_text(encoding="utf-8") for path in [*MODULES, *(ROOT / "eval").glob("*.py")]}
     text = "\n".join(code for path, code in sources.items() if path.name not in {"config.py", "options.py"})
     text += (ROOT / "qlora_dpo/config.py").read_text(encoding="utf-8").partition("class TrainConfig")[2]
-    for group in [*TRAIN_GROUPS.values(), MergeOptions, AppOptions]:
+    for group in [*TRAIN_GROUPS.values(), PlanOptions, MergeOptions, AppOptions]:
         for option in fields(group):
             assert re.search(rf"\.{option.name}\b", text), f"--{option.name} is read by nothing"
 
 
 def test_every_option_has_help() -> None:
-    for group in [*TRAIN_GROUPS.values(), MergeOptions, AppOptions]:
+    for group in [*TRAIN_GROUPS.values(), PlanOptions, MergeOptions, AppOptions]:
         tree = ast.parse((ROOT / (group.__module__.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == group.__name__)
         documented = {

@@ -83,9 +83,10 @@ def test_flags_named_in_the_documents_exist() -> None:
     from dataclasses import fields
 
     from eval.options import AppOptions
-    from qlora_dpo.config import TRAIN_GROUPS, MergeOptions
+    from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, PlanOptions
 
-    known = {option.name for group in [*TRAIN_GROUPS.values(), MergeOptions, AppOptions] for option in fields(group)}
+    groups = [*TRAIN_GROUPS.values(), PlanOptions, MergeOptions, AppOptions]
+    known = {option.name for group in groups for option in fields(group)}
     known |= {"help", "config", "quick", "strict"}
     for path in [*READMES, *(ROOT / "docs").glob("*.md")]:
         for flag in re.findall(r"(?<![\w-])--([a-z_0-9]+)", path.read_text(encoding="utf-8")):

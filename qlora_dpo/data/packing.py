@@ -109,6 +109,12 @@ def token_cost(pair: Pair, kind: LayoutKind) -> int:
     return 2 * (prompt + max(chosen, rejected))
 
 
+def batch_cost(pairs: Sequence[Pair], kind: LayoutKind) -> int:
+    """Tokens that a micro-batch of these pairs puts through the model, padding included."""
+    costs = [token_cost(pair, kind) for pair in pairs]
+    return sum(costs) if kind == "shared" else len(costs) * max(costs)
+
+
 def cut(pairs: Sequence[Pair], max_tokens: int, kind: LayoutKind, group: int = 1) -> list[list[int]]:
     """Cut a step's pairs into micro-batches of at most `max_tokens`, as lists of indices into `pairs`.
 
@@ -116,25 +122,16 @@ def cut(pairs: Sequence[Pair], max_tokens: int, kind: LayoutKind, group: int = 1
     each run of that many consecutive pairs stays together, for losses that couple the pairs of a group.
     """
     groups = [list(range(start, min(start + group, len(pairs)))) for start in range(0, len(pairs), group)]
-    cost = _padded_cost if kind == "padded" else _shared_cost
-    groups.sort(key=lambda members: -cost([pairs[i] for i in members]))
+    groups.sort(key=lambda members: -batch_cost([pairs[i] for i in members], kind))
     bins: list[list[int]] = []
     for members in groups:
         for candidate in bins:
-            if cost([pairs[i] for i in candidate + members]) <= max_tokens:
+            if batch_cost([pairs[i] for i in candidate + members], kind) <= max_tokens:
                 candidate += members
                 break
         else:
             bins.append(list(members))
     return [sorted(members) for members in bins]
-
-
-def _shared_cost(pairs: Sequence[Pair]) -> int:
-    return sum(token_cost(pair, "shared") for pair in pairs)
-
-
-def _padded_cost(pairs: Sequence[Pair]) -> int:
-    return len(pairs) * max(token_cost(pair, "padded") for pair in pairs)
 
 
 def pack(pairs: Sequence[Pair], kind: LayoutKind) -> PackedBatch:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 
 from qlora_dpo.models.lora import POLICY
 
@@ -52,25 +53,25 @@ def _forward(layer: Any, peft_forward: Any, x: Tensor, *args: Any, **kwargs: Any
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     output: Tensor = _LoraLinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[name])
-    return output
+    return output.view(*x.shape[:-1], -1)  # out here: autograd forbids writing into a view made within a Function
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = base(x) + scaling * (x A^T) B^T with a frozen base; x [..., H], A [r, H], B [O, r], y [..., O]."""
+    """y = base(x) + scaling * (x A^T) B^T with a frozen base; x [..., H], A [r, H], B [O, r], y [T, O]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.to(x.dtype).T  # (T, r)
-        output = torch.addmm(base(rows), low, b.to(x.dtype).T, alpha=scaling)
+        output = _add_product(base(rows), low, b.to(x.dtype).T, scaling)
         ctx.save_for_backward(rows, low, a, b)
         ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         rows, low, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(rows.shape[0], -1)
+        (grad,) = grads
         grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)  # (T, r)
         grad_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
         grad_a = (grad_low.T @ rows).to(a.dtype)
@@ -79,6 +80,13 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad @ dense_weight(ctx.base, grad.dtype)
             grad_x = grad_x.addmm_(grad_low, a.to(grad.dtype)).view(ctx.shape)
         return grad_x, grad_a, grad_b, None, None
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """`base + scaling * left @ right`, in place unless selective checkpointing may have kept `base` itself."""
+    if _len_torch_dispatch_stack():
+        return torch.addmm(base, left, right, alpha=scaling)
+    return base.addmm_(left, right, alpha=scaling)
 
 
 def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -54,17 +54,13 @@ def load_base(
         UsageError: its layers cannot be quantized rightly on a CPU.
         ResourceError: it does not fit into the device's memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _check_local_folder(name)
+    config = load_config(name, revision, trust_remote_code)
     _check_local_weights(name)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name, **source)
-    except Exception as error:
-        raise _loading_error("model", name, revision, error) from error
     disable_dropout(config)
     if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
         check_cpu_quantizable(config, trust_remote_code)
@@ -85,6 +81,25 @@ def load_base(
     model.requires_grad_(False)
     keep_cpu_layers_differentiable(model)
     return model
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's transformers config, without its weights.
+
+    Raises:
+        StorageError, ModelError: there is no such model, or its config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    _check_local_folder(name)
+    if Path(name).expanduser().is_dir() and not (Path(name).expanduser() / "config.json").is_file():
+        raise StorageError(
+            f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one."
+        )
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _loading_error("model", name, revision, error) from error
 
 
 def disable_dropout(config: Any) -> None:
@@ -134,7 +149,7 @@ def out_of_memory(doing: str, device: torch.device) -> ResourceError:
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     return ResourceError(
         f"{device} ran out of memory while {doing} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free now). Lower "
-        "--max_tokens_per_microbatch or --lora_r, use --activation_checkpointing full, or free the device."
+        "--max_tokens_per_microbatch or --lora_r, use --activation_checkpointing offload, or free the device."
     )
 
 
@@ -148,10 +163,6 @@ def _check_local_folder(name: str) -> None:
 
 def _check_local_weights(name: str) -> None:
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise StorageError(
-            f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one."
-        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for path in folder.glob("*.bin"))
         found = f" ({others[0]} is a pickle, which is not loaded: it can run code)" if others else ""

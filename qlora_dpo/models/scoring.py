@@ -100,7 +100,7 @@ def _disagreement(scorer: Scorer, model: Any, pair: Pair, expected: Tensor, devi
     """Why this scorer cannot be used, or None when it reproduces `expected` [N]."""
     causal_lm = model.get_base_model()
     if scorer.kind == "shared":
-        reason = _cannot_share(causal_lm)
+        reason = why_not_shared(causal_lm)
         if reason:
             return reason
     try:
@@ -118,7 +118,7 @@ def _disagreement(scorer: Scorer, model: Any, pair: Pair, expected: Tensor, devi
     return None if difference <= limit else f"log-probs differ by {difference:.2g} per token"
 
 
-def _cannot_share(causal_lm: Any) -> str | None:
+def why_not_shared(causal_lm: Any) -> str | None:
     """The structural reasons against one row for two completions; switches the attention on when there is none."""
     config = causal_lm.config.get_text_config()
     recurrent = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

@@ -26,6 +26,20 @@ class ReferenceLogps:
             per_token = self._score(batch).float().cpu()
             lengths = batch.completion_lengths
             per_pair = [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
-            self._known.update(zip(keys, torch.split(per_token, per_pair), strict=True))
+            for key, values in zip(keys, torch.split(per_token, per_pair), strict=True):
+                self._known.setdefault(key, values)
         known = torch.cat([self._known[key] for key in keys])
         return known.to(batch.target_ids.device, non_blocking=True)
+
+    def unknown(self, keys: Sequence[int]) -> list[int]:
+        """Those of the pairs that have not been scored yet."""
+        return [key for key in keys if key not in self._known]
+
+    def forget(self, keys: Sequence[int]) -> None:
+        """Score these pairs anew when they come again."""
+        for key in keys:
+            self._known.pop(key, None)
+
+    def blank(self) -> ReferenceLogps:
+        """The same reference with nothing scored yet."""
+        return ReferenceLogps(self._score)

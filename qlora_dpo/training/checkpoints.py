@@ -13,13 +13,16 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 
@@ -52,20 +55,25 @@ def save_checkpoint(
     run: Path, step: int, *, save_adapter: Callable[[Path], None], optimizer: dict[str, Any], rng: dict[str, Any],
     state: dict[str, Any], keep: int,
 ) -> Path:  # fmt: skip
-    """Write checkpoint-`step` so that it either exists whole or not at all; then delete all but the newest `keep`."""
+    """Write checkpoint-`step` so that it either exists whole or not at all; then delete all but the newest `keep`.
+
+    Raises:
+        OSError: the disk refuses; the older checkpoints are as they were.
+    """
     final = run / f"checkpoint-{step}"
     staging = run / f".staging-checkpoint-{step}"
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    save_adapter(staging)
-    torch.save(optimizer, staging / "optimizer.pt")
-    torch.save(rng, staging / "rng_state.pt")
-    (staging / "trainer_state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())}
-    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
-    for path in staging.iterdir():
-        _sync(path)
-    _sync(staging)
+    try:
+        staging.mkdir()
+        with disk_errors():
+            save_adapter(staging)
+            _save_tensors(optimizer, staging / "optimizer.pt")
+            _save_tensors(rng, staging / "rng_state.pt")
+        (staging / "trainer_state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
+        _seal(staging, step)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint only takes room
+        raise
     if final.exists():
         shutil.rmtree(final)
     staging.rename(final)
@@ -73,6 +81,22 @@ def save_checkpoint(
     for _, old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Within this block a failed write is an OSError also where safetensors and torch raise errors of their own."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    except RuntimeError as error:  # torch's zip writer complains about its position after the write itself failed
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -97,6 +121,20 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
     optimizer = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     rng = torch.load(checkpoint / "rng_state.pt", map_location="cpu", weights_only=True)
     return optimizer, rng, json.loads((checkpoint / "trainer_state.json").read_text())
+
+
+def _save_tensors(content: dict[str, Any], file: Path) -> None:
+    with file.open("wb") as opened:  # given a path torch would write by itself and lose the system's reason
+        torch.save(content, opened)
+
+
+def _seal(staging: Path, step: int) -> None:
+    """Write the manifest and bring all files to the disk."""
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())}
+    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+    for path in staging.iterdir():
+        _sync(path)
+    _sync(staging)
 
 
 def _damage(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora_dpo.data.packing import cut, pack, token_cost
+from qlora_dpo.data.packing import batch_cost, cut, pack, token_cost
 from qlora_dpo.data.tokenization import TokenizedPair
 from qlora_dpo.models.lora import reference_active
 from qlora_dpo.models.scoring import Scorer
@@ -17,8 +17,10 @@ from qlora_dpo.objectives.objective import Objective
 from qlora_dpo.objectives.pairs import PairStatistics
 from qlora_dpo.reference.local import ReferenceLogps
 
+DEFAULT_MAX_TOKENS = 2048  # of a micro-batch where nothing was measured
 
-@dataclass(frozen=True)
+
+@dataclass
 class Engine:
     """Computes losses and gradients of any set of pairs; the result does not depend on how they are cut."""
 
@@ -29,6 +31,7 @@ class Engine:
     reference: ReferenceLogps
     device: torch.device
     max_tokens: int
+    """Budget of a micro-batch; the only field that changes: the preflight finds it, running out of memory halves it."""
     group: int
     """Pairs that a coupled loss compares with each other."""
 
@@ -39,7 +42,7 @@ class Engine:
         """
         self.model.train()
         sums = MetricSums()
-        for members in self._micro_batches(indices):
+        for members in self.micro_batches(indices):
             pause()
             pairs = self._statistics(members, indices)
             losses = self.objective(pairs)
@@ -52,7 +55,7 @@ class Engine:
         self.model.eval()
         sums = MetricSums()
         with torch.no_grad():
-            for members in self._micro_batches(indices):
+            for members in self.micro_batches(indices):
                 pause()
                 pairs = self._statistics(members, indices)
                 sums.add(preference_metrics(self.objective(pairs), pairs, self.objective.beta))
@@ -62,10 +65,23 @@ class Engine:
         """Tokens that these pairs put through the model."""
         return sum(token_cost(self.pairs[index], self.scorer.kind) for index in indices)
 
-    def _micro_batches(self, indices: Sequence[int]) -> list[list[int]]:
-        group = self.group if self.objective.couples_pairs else 1
-        bins = cut([self.pairs[index] for index in indices], self.max_tokens, self.scorer.kind, group)
+    def micro_batches(self, indices: Sequence[int]) -> list[list[int]]:
+        """The pairs of a step as the micro-batches that the budget allows."""
+        pairs = [self.pairs[index] for index in indices]
+        bins = cut(pairs, self.max_tokens, self.scorer.kind, self._indivisible)
         return [[indices[position] for position in members] for members in bins]
+
+    def groups(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """The parts that no budget cuts: single pairs, or for a coupled loss the groups that it compares."""
+        return [indices[start : start + self._indivisible] for start in range(0, len(indices), self._indivisible)]
+
+    def cost(self, members: Sequence[int]) -> int:
+        """Tokens that these pairs put through the model as one micro-batch."""
+        return batch_cost([self.pairs[index] for index in members], self.scorer.kind)
+
+    @property
+    def _indivisible(self) -> int:
+        return self.group if self.objective.couples_pairs else 1
 
     def _statistics(self, members: list[int], step: Sequence[int]) -> PairStatistics:
         pairs = [self.pairs[index] for index in members]

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +16,19 @@ from tqdm import tqdm
 
 from qlora_dpo.config import TrainingOptions
 from qlora_dpo.errors import Interrupted, TrainingError
-from qlora_dpo.models.lora import restore_adapter, save_adapter, trainable_parameters
-from qlora_dpo.training.checkpoints import (
-    load_state,
-    newest_valid,
-    restore_rng_states,
-    rng_states,
-    save_checkpoint,
-)
+from qlora_dpo.models.lora import restore_adapter, trainable_parameters
+from qlora_dpo.training.checkpoints import load_state, newest_valid, restore_rng_states, rng_states
+from qlora_dpo.training.device_memory import DeviceMemory, within_memory
 from qlora_dpo.training.engine import Engine
+from qlora_dpo.training.preflight import preflight
 from qlora_dpo.training.run_folder import RunFolder
+from qlora_dpo.training.saving import Saver
 from qlora_dpo.training.schedule import Schedule
 from qlora_dpo.training.signals import StopFlag, StopRequested
 from qlora_dpo.training.tracking import Metrics, Recorder, cut_back
 
 MAX_BAD_STEPS = 3  # in a row, before a run with non-finite numbers or without a gradient is stopped
+MIN_STEPS_ON_CPU = 100  # for a preflight, which takes as long as one or two steps
 IDENTITY_TOLERANCE = 1e-3  # of the rewards at step 1, where the policy is the reference
 
 
@@ -50,11 +47,16 @@ class Training:
     stop: StopFlag
     show_samples: Callable[[int], None]
     has_dropout: bool = False
+    memory: DeviceMemory | None = None
     parameters: list[nn.Parameter] = field(init=False)
+    saver: Saver = field(init=False)
     bad_steps: int = 0
 
     def __post_init__(self) -> None:
         self.parameters = trainable_parameters(self.engine.model)
+        self.saver = Saver(
+            self.run, self.engine.model, self.optimizer, self.scheduler, self.schedule, self.options.save_total_limit
+        )
 
 
 def fit(training: Training) -> None:
@@ -62,9 +64,12 @@ def fit(training: Training) -> None:
 
     Raises:
         Interrupted: a signal came; a checkpoint of the last whole step has been written.
+        StorageError: the disk takes no checkpoints.
         TrainingError: the numbers stopped making sense.
+        torch.OutOfMemoryError: a pair does not fit even alone.
     """
     done = resume(training)
+    try_out(training, done)
     schedule, options = training.schedule, training.options
     progress = tqdm(
         total=schedule.total_steps, initial=done, unit="step", desc="DPO", file=sys.stderr,
@@ -75,10 +80,10 @@ def fit(training: Training) -> None:
         indices = schedule.step(number)
         started = time.perf_counter()
         try:
-            metrics = training.engine.accumulate_gradient(indices, training.stop.check)
+            metrics = gradient(training, indices, rng_before)
         except StopRequested as signal:
             # Nothing but random states moves within a step, so the state after the step before is still at hand.
-            save(training, number - 1, rng_before)
+            training.saver.save_now(number - 1, rng_before)
             raise Interrupted(
                 f"{signal} at step {number}: checkpoint-{number - 1} is written; the same command continues."
             ) from None
@@ -93,8 +98,10 @@ def fit(training: Training) -> None:
             metrics |= evaluate(training, number)
         if number % options.logging_steps == 0 or is_last or "eval_loss" in metrics:
             training.recorder.log(number, metrics)
-        if number % options.save_steps == 0 or is_last:
-            save(training, number, rng_states())
+        if is_last:
+            training.saver.save_now(number, rng_states())
+        elif number % options.save_steps == 0 or training.saver.has_to_retry:
+            training.saver.save(number, rng_states())
     progress.close()
 
 
@@ -110,10 +117,38 @@ def resume(training: Training) -> int:
         training.optimizer.load_state_dict(optimizer["optimizer"])
         training.scheduler.load_state_dict(optimizer["scheduler"])
         restore_rng_states(rng)
-        step = int(state["step"])
+        step = training.saver.newest = int(state["step"])
         print(f"Continuing from {checkpoint.name} of {training.schedule.total_steps} steps.", file=sys.stderr)
     cut_back(training.run.metrics, step)
     return step
+
+
+def try_out(training: Training, done: int) -> None:
+    """Try the dearest micro-batches of the steps that are left, and on a GPU find the token budget.
+
+    Raises:
+        Interrupted: a signal came; nothing has been trained that could be lost.
+    """
+    schedule = training.schedule
+    steps = [schedule.step(number) for number in range(done + 1, schedule.total_steps + 1)]
+    if not steps or (training.memory is None and len(steps) < MIN_STEPS_ON_CPU):
+        return
+    try:
+        preflight(
+            training.engine, training.optimizer, steps, training.eval_indices, training.stop.check,
+            memory=training.memory, find_budget=training.options.max_tokens_per_microbatch is None,
+        )  # fmt: skip
+    except StopRequested as signal:
+        raise Interrupted(
+            f"{signal} before step {done + 1}: nothing was lost; the same command "
+            + (f"continues from checkpoint-{done}." if done else "starts again.")
+        ) from None
+
+
+def gradient(training: Training, indices: Sequence[int], rng: dict[str, Any]) -> Metrics:
+    """Accumulate the gradient of a step that starts from these random states; returns its metrics."""
+    engine, pause = training.engine, training.stop.check
+    return within_memory(engine, indices, rng, lambda: engine.accumulate_gradient(indices, pause))
 
 
 def check_first_step(metrics: Metrics) -> None:
@@ -167,34 +202,20 @@ def evaluate(training: Training, number: int) -> Metrics:
     Raises:
         Interrupted: a signal came; the step before the evaluation is saved.
     """
+    engine, indices, pause = training.engine, training.eval_indices, training.stop.check
     rng = rng_states()
     try:
-        metrics = training.engine.evaluate(training.eval_indices, training.stop.check)
+        metrics = within_memory(engine, indices, rng, lambda: engine.evaluate(indices, pause))
     except StopRequested as signal:
-        save(training, number, rng)
+        training.saver.save_now(number, rng)
         raise Interrupted(
             f"{signal} during an evaluation: checkpoint-{number} is written; the same command continues."
         ) from None
-    training.show_samples(number)
+    try:
+        training.show_samples(number)
+    except OSError as error:
+        tqdm.write(f"warning: samples of step {number} cannot be written: {error.strerror or error}", file=sys.stderr)
     return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-def save(training: Training, number: int, rng: dict[str, Any]) -> Path:
-    """Write checkpoint-`number`."""
-    path = save_checkpoint(
-        training.run.path,
-        number,
-        save_adapter=lambda folder: save_adapter(training.engine.model, folder),
-        optimizer={
-            "optimizer": training.optimizer.state_dict(),
-            "scheduler": training.scheduler.state_dict(),
-        },
-        rng=rng,
-        state={"total_steps": training.schedule.total_steps, "epoch": training.schedule.epoch(number)},
-        keep=training.options.save_total_limit,
-    )
-    training.run.update_status(status="training", step=number)
-    return path
 
 
 def speed(training: Training, indices: Sequence[int], seconds: float) -> Metrics:

@@ -20,11 +20,17 @@ def make_optimizer(
     Raises:
         UsageError: a bitsandbytes optimizer on a CPU.
     """
-    if name == "auto":
-        name = "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+    name = optimizer_name(name, device.type)
     if name != "adamw_torch" and device.type == "cpu":
         raise UsageError(f"--optim {name} needs a GPU: on a CPU use adamw_torch (or auto, which picks it).")
     return OPTIMIZERS[name](parameters, **settings)
+
+
+def optimizer_name(name: str, device_type: str) -> str:
+    """The optimizer that `auto` stands for on such a device; any other name as it is."""
+    if name != "auto":
+        return name
+    return "paged_adamw_8bit" if device_type == "cuda" else "adamw_torch"
 
 
 def make_scheduler(

@@ -49,8 +49,18 @@ class RunFolder:
         return status
 
     def update_status(self, **values: Any) -> None:
-        """Merge `values` into run.json, atomically."""
-        write_atomically(self.path / STATUS, json.dumps(self.status() | values, indent=2, ensure_ascii=False) + "\n")
+        """Merge `values` into run.json, atomically.
+
+        Raises:
+            StorageError: the disk refuses; the file is as it was.
+        """
+        file = self.path / STATUS
+        try:
+            write_atomically(file, json.dumps(self.status() | values, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"{file} cannot be written: {error.strerror or error}. Make room there and run the same command again."
+            ) from error
 
 
 def default_output_dir(model: str, dataset: str) -> Path:
@@ -103,8 +113,12 @@ def _refuse_changed(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a reader, or a kill, sees the old or the new content, never half of it."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    try:
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise

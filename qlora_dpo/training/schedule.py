@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -26,14 +27,19 @@ class Schedule:
     def step(self, number: int) -> list[int]:
         """Indices of the pairs of step `number`, counted from 1."""
         epoch, position = divmod(number - 1, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-        order = torch.randperm(len(self.indices), generator=generator).tolist()
+        order = _order(len(self.indices), self.seed + 1_000_003 * epoch)
         taken = order[position * self.pairs_per_step : (position + 1) * self.pairs_per_step]
         return [self.indices[place] for place in taken]
 
     def epoch(self, number: int) -> float:
         """Epochs done after step `number`."""
         return number / self.steps_per_epoch
+
+
+@lru_cache(maxsize=2)  # the steps of an epoch ask for it one after the other
+def _order(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def make_schedule(indices: Sequence[int], pairs_per_step: int, *, epochs: float, max_steps: int, seed: int) -> Schedule:

@@ -7,10 +7,12 @@ import logging
 import netrc
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_dpo.errors import UsageError
+from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.training.run_folder import write_atomically
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -27,21 +29,40 @@ class Tracker(Protocol):
 
 
 class Recorder:
-    """Appends to metrics.jsonl, then tells the mirrors; a mirror that fails is dropped with one warning."""
+    """Appends to metrics.jsonl, then tells the mirrors; a mirror that fails is dropped with one warning.
+
+    Lines that a full disk refuses are kept and written with the next one that it takes.
+    """
 
     def __init__(self, file: Path, trackers: Sequence[Tracker]) -> None:
         self._file = file
         self._trackers = list(trackers)
+        self._unwritten = ""
+        self._disk_failed = False
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line; every mirror gets the same numbers."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._unwritten += json.dumps({"step": step} | metrics) + "\n"
+        self._write()
         self._tell(lambda tracker: tracker.log(step, metrics))
 
     def finish(self) -> None:
-        """Close the mirrors."""
+        """Try once more to write what the disk refused, and close the mirrors."""
+        self._write()
+        if self._unwritten:
+            logger.warning("%s lacks its last %d lines.", self._file, self._unwritten.count("\n"))
         self._tell(lambda tracker: tracker.finish())
+
+    def _write(self) -> None:
+        try:
+            _append(self._file, self._unwritten)
+            self._unwritten, self._disk_failed = "", False
+        except OSError as error:
+            if not self._disk_failed:
+                logger.warning(
+                    "%s cannot be written (%s); its lines are kept until it can.", self._file, error.strerror or error
+                )
+            self._disk_failed = True
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
@@ -54,6 +75,18 @@ class Recorder:
                     type(tracker).__name__,
                     error,
                 )
+
+
+def _append(file: Path, text: str) -> None:
+    """Append all of `text` or, where the disk refuses, nothing: half a line would hide all later ones from a reader."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(text)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(file, size)
+        raise
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -69,9 +102,18 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(file: Path, step: int) -> None:
-    """Forget what was logged after `step`, so that a continued run writes each step once."""
+    """Forget what was logged after `step`, so that a continued run writes each step once.
+
+    Raises:
+        StorageError: the disk refuses; the file is as it was.
+    """
     kept = [json.dumps(row) for row in read_metrics(file) if row["step"] <= step]
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    try:
+        write_atomically(file, "".join(line + "\n" for line in kept))
+    except OSError as error:
+        raise StorageError(
+            f"{file} cannot be written: {error.strerror or error}. Make room there and run the same command again."
+        ) from error
 
 
 def start_trackers(names: Sequence[str], folder: Path, run_name: str, options: dict[str, Any]) -> list[Tracker]:

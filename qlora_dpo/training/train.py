@@ -17,6 +17,7 @@ from qlora_dpo.environment import describe
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
 from qlora_dpo.models.fused_lora import fuse_lora
+from qlora_dpo.models.lean_layers import make_lean
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer, out_of_memory
 from qlora_dpo.models.lora import (
     POLICY,
@@ -28,9 +29,12 @@ from qlora_dpo.models.lora import (
 )
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.objectives.objective import make_objective
+from qlora_dpo.training.checkpoints import disk_errors
 from qlora_dpo.training.curves import draw_curves
 from qlora_dpo.training.data import TrainingData, load_training_data
-from qlora_dpo.training.engine import Engine, local_reference
+from qlora_dpo.training.device_memory import device_memory
+from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS, Engine, local_reference
+from qlora_dpo.training.levels import levels_of_run
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.model_card import write_model_card
 from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
@@ -89,11 +93,13 @@ def train(config: TrainConfig) -> Trained | None:
         try:
             model = load_policy(config, device)
             fuse_lora(model)
+            make_lean(model)
             scorer = choose_scorer(model, data.pairs[data.train[0]], device)
-            set_activation_checkpointing(model, config.training.activation_checkpointing)
+            set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
             engine = Engine(
                 model, scorer, objective, data.pairs, local_reference(model, scorer), device,
-                config.training.max_tokens_per_microbatch, config.training.per_device_train_batch_size,
+                config.training.max_tokens_per_microbatch or DEFAULT_MAX_TOKENS,
+                config.training.per_device_train_batch_size,
             )  # fmt: skip
             training = prepare(config, run, engine, tokenizer, data, stop)
             fit(training)
@@ -200,13 +206,15 @@ def prepare(
         stop=stop,
         show_samples=samples,
         has_dropout=has_dropout(engine.model),
+        memory=device_memory(engine.device),
     )
 
 
 def finish(config: TrainConfig, run: RunFolder, model: Any, tokenizer: Any, data: TrainingData) -> None:
     """Write the adapter, the tokenizer, the curves and the card, and mark the run finished."""
     try:
-        save_adapter(model, run.path)
+        with disk_errors():
+            save_adapter(model, run.path)
         tokenizer.save_pretrained(run.path)
         draw_curves(run.metrics, run.path / CURVES)
         write_model_card(

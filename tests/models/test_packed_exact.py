@@ -10,6 +10,7 @@ from tiny import RAGGED, IdPair, random_pairs, tiny_model, with_lora
 
 from qlora_dpo.data.packing import pack
 from qlora_dpo.models.fused_lora import fuse_lora
+from qlora_dpo.models.lean_layers import make_lean
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.models.scoring import choose_scorer
 
@@ -79,14 +80,15 @@ def gradients(model: Any, logps: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad((logps * weights).sum(), trainable_parameters(model), allow_unused=True))
 
 
-def check_exact(model: Any, kind: str, fuse: bool = False) -> None:
+def check_exact(model: Any, kind: str, lean: bool = False) -> None:
     pairs = random_pairs(RAGGED)
     scorer = choose_scorer(model, pairs[0], CPU)
     assert scorer.kind == kind
     plain = plain_logps(model, pairs)
     expected_gradients = gradients(model, plain)
-    if fuse:
-        assert fuse_lora(model) > 0
+    if lean:
+        fuse_lora(model)
+        make_lean(model)
     packed = scorer.per_token_logps(model, pack(pairs, scorer.kind))
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=0)
     for ours, expected in zip(gradients(model, packed), expected_gradients, strict=True):
@@ -97,14 +99,12 @@ def check_exact(model: Any, kind: str, fuse: bool = False) -> None:
 
 
 @pytest.mark.parametrize("family", SHARING)
-@pytest.mark.parametrize("fuse", [False, True], ids=["peft", "fused"])
-def test_shared_path_equals_plain_path(family: str, fuse: bool) -> None:
-    if fuse and family == "gpt2":
-        pytest.skip("gpt2's layers are Conv1D, which keep PEFT's forward")
-    check_exact(with_lora(tiny_model(family, **SHARING[family])).eval(), "shared", fuse)
+@pytest.mark.parametrize("lean", [False, True], ids=["own layers", "fused and lean"])
+def test_shared_path_equals_plain_path(family: str, lean: bool) -> None:
+    check_exact(with_lora(tiny_model(family, **SHARING[family])).eval(), "shared", lean)
 
 
 @pytest.mark.parametrize("family", NOT_SHARING)
-def test_family_that_cannot_share_is_padded_and_exact(family: str) -> None:
-    model = with_lora(tiny_model(family, **NOT_SHARING[family])).eval()
-    check_exact(model, "padded")
+@pytest.mark.parametrize("lean", [False, True], ids=["own layers", "fused and lean"])
+def test_family_that_cannot_share_is_padded_and_exact(family: str, lean: bool) -> None:
+    check_exact(with_lora(tiny_model(family, **NOT_SHARING[family])).eval(), "padded", lean)
