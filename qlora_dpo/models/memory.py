@@ -34,6 +34,7 @@ OPTIMIZER_BYTES = {
     "paged_adamw_32bit": 8.0,
 }
 META = torch.device("meta")
+_COUNTED: tuple[Level, ...] = ("none", "selective", "full")  # offload follows from full
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def count_activations(skeleton: Skeleton, pairs: Sequence[Pair], kind: LayoutKin
             except Exception as error:  # whatever the architecture's code raises without data
                 reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     finally:
-        causal_lm.set_attn_implementation(own_attention)
+        if own_attention is not None:
+            causal_lm.set_attn_implementation(own_attention)
     why = next(reason for reason in reasons if reason)
     raise ModelError(
         f"what {type(causal_lm).__name__} keeps for its backward pass cannot be counted without data ({why}). Choose a "
@@ -104,7 +106,7 @@ def _on_meta(batch: PackedBatch) -> list[PackedBatch]:
 def _count(skeleton: Skeleton, batch: PackedBatch, kind: LayoutKind, device_type: str) -> Activations:
     head = _Head.on(skeleton, device_type)
     with _as_on_a_device(keep_masks=device_type == "cpu" or kind == "padded"):
-        _, head_tile = _count_head(head, batch, skeleton)
+        head_tile = _count_head(head, batch, skeleton)
         passes = {
             level: [_count_pass(skeleton, number, batch, head, kind, level) for number in range(len(skeleton.samples))]
             for level in _COUNTED
@@ -117,9 +119,6 @@ def _count(skeleton: Skeleton, batch: PackedBatch, kind: LayoutKind, device_type
         working["offload"] = working["full"] + host  # one layer's input comes back
     outside = max(one.outside for counted in passes.values() for one in counted)
     return Activations(batch.input_ids.numel(), layers, outside, working, head_tile, host)
-
-
-_COUNTED: tuple[Level, ...] = ("none", "selective", "full")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -192,8 +191,8 @@ def _count_pass(
     return _Pass(layer, kept - 3 * layer, live.peak - kept)
 
 
-def _count_head(head: _Head, batch: PackedBatch, skeleton: Skeleton) -> tuple[int, int]:
-    """What the log-probs keep, and the most that they hold beyond it."""
+def _count_head(head: _Head, batch: PackedBatch, skeleton: Skeleton) -> int:
+    """The most that the log-probs hold beyond what they keep."""
     tokens = batch.input_ids.numel()
     hidden = torch.empty(tokens, _hidden_size(skeleton), dtype=skeleton.dtype, device=META, requires_grad=True)
     live = LiveBytes()
@@ -202,7 +201,7 @@ def _count_head(head: _Head, batch: PackedBatch, skeleton: Skeleton) -> tuple[in
         logps, _ = head.logps(hidden.index_select(0, batch.predictor_index), batch.target_ids, False)
         kept = live.now
     del logps
-    return kept, live.peak - kept
+    return live.peak - kept
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,23 @@ def test_sdpa_by_segment_is_what_varlen_attn_documents(window: int | None) -> No
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_bf16_on_a_cpu_is_no_further_from_the_truth_than_sdpa(window: int | None) -> None:
+    tokens = int(layout().cu_seq_q[-1])
+    truth, own, ours = [], [], []
+    for kept, kernel, dtype in (
+        (truth, plain_varlen, torch.float64),
+        (own, plain_varlen, torch.bfloat16),
+        (ours, attention._sdpa_by_segment, torch.bfloat16),
+    ):
+        leaves = [tensor.detach().bfloat16().to(dtype).requires_grad_() for tensor in states(tokens)]
+        output = attention.attend(*rows(*leaves), layout(), 0.3, window, kernel)
+        (output * torch.linspace(-1, 1, output.numel()).to(dtype).view_as(output)).sum().backward()
+        kept += [output, *(leaf.grad for leaf in leaves)]
+    for exact, theirs, found in zip(truth, own, ours, strict=True):
+        assert (found - exact).norm() <= 1.05 * (theirs - exact).norm()
+
+
 def test_gather_adds_each_shared_prompt_once_in_backward() -> None:
     packed = layout()
     rows = torch.randn(int(packed.cu_seq_q[-1]), 2, 3, dtype=torch.float64, requires_grad=True)
