@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import forkserver, get_context
@@ -29,7 +29,7 @@ def run(function: Callable[Parameters, Result], *args: Parameters.args, **kwargs
     Raises:
         BrokenProcessPool: the process was killed, most likely for want of memory.
     """
-    _start_server()
+    start_server()
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(_prepared, partial(function, *args, **kwargs)).result()
 
@@ -41,8 +41,8 @@ def peak_gib() -> float:
     return int(found[1]) / 2**20
 
 
-def _start_server() -> None:
-    """Start the server where it does not run yet; it finds this repository by PYTHONPATH."""
+def start_server(preload: Sequence[str] = ("benchmarks.preload",)) -> None:
+    """Start the server where it does not run yet, with these modules; it finds this repository by PYTHONPATH."""
     from qlora_dpo.environment import prepare_process
 
     prepare_process()  # OMP_WAIT_POLICY is inherited
@@ -50,7 +50,7 @@ def _start_server() -> None:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
     try:
-        get_context("forkserver").set_forkserver_preload(["benchmarks.preload"])
+        get_context("forkserver").set_forkserver_preload(list(preload))
         forkserver.ensure_running()
     finally:
         if before is None:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qlora_dpo.config import (
-    TRAIN_GROUPS,
-    MergeOptions,
-    Names,
-    Numbers,
-    PlanOptions,
-    TrainConfig,
-    plan_config,
-    train_config,
-)
+from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, Names, Numbers, PlanOptions, TrainConfig
+from qlora_dpo.config_checks import nearest, plan_config, train_config
 from qlora_dpo.environment import prepare_process
-from qlora_dpo.errors import QloraDpoError, UsageError
+from qlora_dpo.errors import Interrupted, QloraDpoError, UsageError
+from qlora_dpo.redaction import redacted, refuse_secrets
+from qlora_dpo.training.signals import Terminated, terminable
 
+NO_FLOAT16 = "float16 is not offered: its range ends at 65504, so DPO gradients overflow"
 RENAMED = {
     "source_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
     "target_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
@@ -30,7 +24,9 @@ RENAMED = {
     "quant_type": "--bnb_4bit_quant_type",
     "gradient_checkpointing": "--activation_checkpointing auto|none|selective|full|offload",
     "bf16": "--dtype bfloat16",
-    "fp16": "--dtype bfloat16 (float16 makes DPO gradients overflow)",
+    "fp16": f"--dtype bfloat16 ({NO_FLOAT16})",
+    "torch_dtype": "--dtype",
+    "bnb_4bit_compute_dtype": f"--dtype, which sets it too ({NO_FLOAT16})",
     "resume_from_checkpoint": "nothing: the same command again continues by itself; --fresh starts anew",
     "ref_model": "--reference_model",
     "dataset_name": "--dataset",
@@ -101,7 +97,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one clear text on stderr, no traceback."""
-    return run_commands("qlora_dpo", COMMANDS, sys.argv[1:] if argv is None else list(argv))
+    with terminable():
+        return run_commands("qlora_dpo", COMMANDS, sys.argv[1:] if argv is None else list(argv))
 
 
 def run_commands(program: str, commands: dict[str, Command], argv: list[str]) -> int:
@@ -116,15 +113,20 @@ def run_commands(program: str, commands: dict[str, Command], argv: list[str]) ->
                 f"{argv[0]!r} is not a command{nearest(argv[0], commands)}.\n" + _overview(program, commands)
             )
         options = parse(f"{program} {argv[0]}", command, argv[1:])
+        refuse_secrets(options)
         prepare_process()
         command.run(command.build(options))
         return 0
     except QloraDpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:  # outside the training loop, which answers signals itself with a checkpoint
+    # Outside the training loop, which answers signals itself with a checkpoint; or Ctrl-C for the second time.
+    except KeyboardInterrupt:
         print("Stopped by Ctrl-C; the same command starts again where it can.", file=sys.stderr)
         return 130
+    except Terminated as signal:
+        print(f"Stopped by {signal}: nothing was lost; the same command starts again where it can.", file=sys.stderr)
+        return Interrupted.exit_code
 
 
 def _overview(program: str, commands: dict[str, Command]) -> str:
@@ -170,12 +172,6 @@ def _refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
         raise UsageError(f"--{name} is not an option{nearest(name, known, '--')}. --help lists them all.")
 
 
-def nearest(name: str, known: Sequence[str] | dict[str, Any], prefix: str = "") -> str:
-    """`; did you mean X?` without the question mark, or nothing when no known name is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; the nearest is {prefix}{found[0]}" if found else ""
-
-
 def _join_values(argv: list[str], kinds: dict[str, str]) -> list[str]:
     """Let a switch stand alone (`--fresh`) and a list be written with spaces (`--report_to wandb tensorboard`)."""
     joined: list[str] = []
@@ -204,5 +200,8 @@ def _plain_words(message: str, known: dict[str, str]) -> str:
         if name in RENAMED:
             return f"{name} (in --config) is not an option of this tool: use {RENAMED[name]}."
         return f"{name} (in --config) is not an option{nearest(name, list(known))}."
+    asked = re.search(r'"dtype".*Got value: ((?:torch\.)?(?:float16|fp16|half))\b', message, re.DOTALL)
+    if asked and "'float16'" not in message:  # merge stores it, training does not compute in it
+        return f"--dtype {asked[1]}: {NO_FLOAT16}. Use bfloat16 (the default) or float32."
     message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
     return re.sub(r"<class '([^']+)'>", r"\1", message)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_dpo.errors import UsageError
-
 
 class Names(tuple[str, ...]):
     """A list of names; on the command line `a b` or `a,b`, in YAML a list or one string."""
@@ -31,7 +29,8 @@ class Numbers(tuple[float, ...]):
         return super().__new__(cls, (float(part) for part in parts))
 
 
-_ALL_LINEAR, _SIGMOID, _NONE, _NO_NUMBERS = Names("all-linear"), Names("sigmoid"), Names("none"), Numbers()
+_ALL_LINEAR, _SIGMOID, _NONE = Names("all-linear"), Names("sigmoid"), Names("none")
+_NO_NAMES, _NO_NUMBERS = Names(), Numbers()
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,9 @@ class TrainingOptions:
     """Run folder. Default: runs/MODEL-DATASET. The same command again continues what is there."""
     fresh: bool = False
     """Start anew, deleting the run that is in --output_dir."""
+    allow_changed: Names = _NO_NAMES
+    """Options that may differ from those that the run in --output_dir began with; `dataset` also allows the same file
+    with other content. What was changed is kept in run.json."""
     learning_rate: float = 1e-5
     """Peak learning rate. TRL's 1e-6 for full fine-tuning times ten, as its guide advises for LoRA."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -179,14 +181,20 @@ class TrainingOptions:
     """Added to the square root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+    on_displacement: Literal["warn", "nll", "stop"] = "warn"
+    """What to do when the chosen answers fall by 0.1 nats per token against the reference (likelihood displacement,
+    arXiv 2410.08847): warn, add their NLL to the loss with weight 1 (nll), or stop with a checkpoint."""
     logging_steps: int = 1
     """Steps between two lines of metrics.jsonl."""
     eval_steps: int = 50
     """Steps between two evaluations of the held-out pairs."""
     save_steps: int = 50
     """Steps between two checkpoints."""
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written also between --save_steps; 0 for never."""
     save_total_limit: int = 2
-    """Checkpoints to keep."""
+    """Checkpoints to keep, at least 2: should the newest turn out damaged, the run continues from the one before.
+    Damaged ones do not count."""
     sample_generate: bool = False
     """Print answers to fixed held-out prompts, adapter off and on, at each evaluation."""
     max_new_tokens: int = 128
@@ -251,130 +259,6 @@ TRAIN_GROUPS = {
 }
 
 
-def train_config(options: dict[str, Any], needs_data: bool = True) -> TrainConfig:
-    """Build a checked `TrainConfig` from flat options.
-
-    Raises:
-        UsageError: naming every option that cannot work or would be ignored.
-    """
-    groups = {
-        name: group(**{option.name: options[option.name] for option in fields(group) if option.name in options})
-        for name, group in TRAIN_GROUPS.items()
-    }
-    config = TrainConfig(**groups)
-    problems = [*_impossible(config, needs_data), *_ignored(config)]
-    if problems:
-        raise UsageError("\n".join(problems))
-    return config
-
-
-def plan_config(options: dict[str, Any]) -> tuple[TrainConfig, PlanOptions]:
-    """Build the checked options of `plan`: those of the run, whose --dataset may be left out, and its own.
-
-    Raises:
-        UsageError: naming every option that cannot work or would be ignored.
-    """
-    if options["model_name_or_path"] is None:
-        raise UsageError("plan needs --model_name_or_path: name a local model folder or a Hub id.")
-    own = PlanOptions(**{option.name: options[option.name] for option in fields(PlanOptions)})
-    for option in fields(own):
-        value = getattr(own, option.name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{option.name} {value}: must be above 0.")
-    config = train_config(options, needs_data=False)
-    if config.data.dataset is None and own.gpu_price_per_hour is not None:
-        raise UsageError("--gpu_price_per_hour would be ignored: without --dataset there are no hours to pay for.")
-    if config.model.use_cpu and own.gpu_memory is not None:
-        raise UsageError("--gpu_memory would be ignored: --use_cpu plans for the CPU. Leave one of them out.")
-    return config, own
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
-    """Options whose values cannot work, one sentence each."""
-    model, data, training = config.model, config.data, config.training
-    problems = [
-        f"--{name} {value}: must be above 0."
-        for name, value in config.items()
-        if name in _POSITIVE and value is not None and value <= 0
-    ]
-    if model.model_name_or_path is None and data.dataset is not None:
-        problems.append("--dataset needs --model_name_or_path: name a local model folder or a Hub id.")
-    if data.dataset is None and model.model_name_or_path is not None and needs_data:
-        problems.append("--model_name_or_path needs --dataset: name a file, a folder or a Hub id of pairs.")
-    if data.max_prompt_length >= data.max_length:
-        problems.append(
-            f"--max_prompt_length {data.max_prompt_length} leaves no room for an answer within --max_length "
-            f"{data.max_length}: make it smaller."
-        )
-    if not 0 <= data.eval_fraction < 1:
-        problems.append(f"--eval_fraction {data.eval_fraction}: must be at least 0 and below 1.")
-    if not 0 <= config.lora.lora_dropout < 1:
-        problems.append(f"--lora_dropout {config.lora.lora_dropout}: must be at least 0 and below 1.")
-    if not 0 <= training.warmup_ratio <= 1:
-        problems.append(f"--warmup_ratio {training.warmup_ratio}: must be between 0 and 1.")
-    unknown = set(training.report_to) - {"wandb", "tensorboard", "none"}
-    if unknown:
-        problems.append(f"--report_to {' '.join(sorted(unknown))}: known are wandb, tensorboard, none.")
-    revision = model.model_revision or ""
-    if model.trust_remote_code and not (len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)):
-        problems.append(
-            "--trust_remote_code runs the model author's Python here: pin what you have read with "
-            "--model_revision and its full 40-digit commit hash."
-        )
-    return problems
-
-
-_POSITIVE = {
-    "lora_r", "lora_alpha", "max_length", "max_prompt_length", "max_train_samples", "max_eval_samples", "beta",
-    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_tokens_per_microbatch", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "max_new_tokens",
-}  # fmt: skip
-
-
-def _ignored(config: TrainConfig) -> list[str]:
-    """Options that differ from their default although this run would not read them."""
-    model, data, training = config.model, config.data, config.training
-    unread: list[tuple[str, bool, str]] = [
-        ("bnb_4bit_quant_type", not uses_4bit(model), "the base is not quantized to 4 bit"),
-        ("bnb_4bit_use_double_quant", not uses_4bit(model), "the base is not quantized to 4 bit"),
-        ("eval_split", data.eval_dataset is not None, "--eval_dataset is given"),
-        ("eval_fraction", data.eval_dataset is not None, "--eval_dataset is given"),
-        ("eval_fraction", data.eval_split is not None, "--eval_split is given"),
-        ("num_train_epochs", training.max_steps > 0, "--max_steps is given"),
-        ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
-        *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
-          for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")),
-        ("max_new_tokens", not training.sample_generate and not config.is_demo, "--sample_generate is off"),
-        *((name, config.is_demo, "the embedded demo brings its own pairs; name --model_name_or_path and --dataset")
-          for name in _OF_REAL_TRAINING),
-    ]  # fmt: skip
-    values, defaults = dict(config.items()), dict(TrainConfig().items())
-    return [
-        f"--{name} {values[name]} would be ignored: {reason}."
-        for name, is_unread, reason in unread
-        if is_unread and values[name] != defaults[name]
-    ]
-
-
-_OF_REAL_TRAINING = (
-    "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision", "eval_dataset",
-    "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "prompt_template",
-    "trust_remote_code",
-)  # fmt: skip
-
-
-def uses_4bit(model: ModelOptions) -> bool:
-    """The base is quantized to 4 bit: asked for (the default) and not overridden by --load_in_8bit."""
-    return model.load_in_4bit and not model.load_in_8bit
-
-
 @dataclass(frozen=True)
 class MergeOptions:
     """Merge: an adapter and the base it was trained on become one plain model."""
@@ -395,6 +279,11 @@ class MergeOptions:
     """Merge a run that has not finished its steps."""
 
 
+def uses_4bit(model: ModelOptions) -> bool:
+    """The base is quantized to 4 bit: asked for (the default) and not overridden by --load_in_8bit."""
+    return model.load_in_4bit and not model.load_in_8bit
+
+
 def quantization_of(model: ModelOptions) -> dict[str, Any] | None:
     """Keyword arguments for transformers' `BitsAndBytesConfig`, or None for no quantization."""
     if model.load_in_8bit:
@@ -407,3 +296,9 @@ def quantization_of(model: ModelOptions) -> dict[str, Any] | None:
         "bnb_4bit_use_double_quant": model.bnb_4bit_use_double_quant,
         "bnb_4bit_compute_dtype": "float32" if model.dtype == "float32" else "bfloat16",
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

@@ -10,7 +10,15 @@ import platform
 import warnings
 from typing import Any
 
+SAVED_WITH = ("torch", "transformers", "peft", "bitsandbytes")  # what the content of a checkpoint depends on
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gradio", "wandb")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this tool and of what a checkpoint's content depends on."""
+    from qlora_dpo import __version__
+
+    return {"qlora_dpo": __version__} | {name: importlib.metadata.version(name) for name in SAVED_WITH}
 
 
 def describe() -> dict[str, Any]:

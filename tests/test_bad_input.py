@@ -51,6 +51,10 @@ def check(code: int, expected: int, err: str, *parts: str) -> None:
         (["--reference_model", "runs/sft", "--lora_r", "8"], ["--lora_r 8", "--reference_model"]),
         (["--report_to", "mlflow"], ["mlflow", "wandb"]),
         (["--dataset_format", "hh_rlhf"], ["hh_rlhf", "hh-rlhf"]),
+        (["--save_total_limit", "1"], ["--save_total_limit 1", "at least 2"]),
+        (["--save_minutes", "-1"], ["--save_minutes -1", "at least 0"]),
+        (["--allow_changed", "beta"], ["--allow_changed beta", "no run has begun"]),
+        (["--allow_changed", "bata"], ["--allow_changed bata", "the nearest is beta"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

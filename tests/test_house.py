@@ -19,7 +19,9 @@ from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, PlanOptions
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "errors",
+    "redaction",
     "config",
+    "config_checks",
     "environment",
     "objectives",
     "data",

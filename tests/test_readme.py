@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.vs_trl import read_row
+
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 
@@ -87,7 +89,7 @@ def test_flags_named_in_the_documents_exist() -> None:
 
     groups = [*TRAIN_GROUPS.values(), PlanOptions, MergeOptions, AppOptions]
     known = {option.name for group in groups for option in fields(group)}
-    known |= {"help", "config", "quick", "strict"}
+    known |= {"help", "config", "quick", "strict", "chaos", "only", "reduced", "break"}
     for path in [*READMES, *(ROOT / "docs").glob("*.md")]:
         for flag in re.findall(r"(?<![\w-])--([a-z_0-9]+)", path.read_text(encoding="utf-8")):
             assert flag in known, f"{path.name} names --{flag}"
@@ -100,6 +102,10 @@ def test_measured_numbers_are_those_of_the_results() -> None:
     assert f"{median:.0f} s (217 M)" in text and round(startup["parameters"] / 1e6) == 217
     slowest = max(max(seconds) for seconds in startup["help_seconds"].values())
     assert slowest < 1.0 and median < 20
+    against_trl = json.loads((ROOT / "benchmarks/results/vs_trl_multi_turn.json").read_text())
+    for row in against_trl["rows"]:
+        reading = read_row(row, against_trl)
+        assert f"{reading['median']:.1f} s" in text and f"{reading['peak_gib']:.1f} GiB" in text, row["name"]
     rows = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())
     assert "LLaMA" in json.dumps(rows)
 

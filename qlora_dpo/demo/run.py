@@ -21,9 +21,10 @@ from qlora_dpo.demo.world import Question, held_out_questions, is_explained, sta
 from qlora_dpo.models.generation import generate
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import add_adapter
-from qlora_dpo.training.run_folder import RunFolder, open_run_folder, write_atomically
+from qlora_dpo.training.run_folder import RunFolder, write_atomically
 from qlora_dpo.training.tracking import read_metrics
-from qlora_dpo.training.train import Trained, train
+from qlora_dpo.training.train import Trained, open_run, pair_tokenizer, train_in
+from qlora_dpo.training.trained_on import load_trained
 
 BASE = Path(__file__).parent / "base"
 RESULT = "before_after.json"
@@ -60,16 +61,20 @@ class Answered:
 def run_demo(config: TrainConfig) -> None:
     """Run the demo (or continue it) and print its table."""
     config = demo_config(config)
-    run = open_run_folder(output_dir(config), config.flat(), fresh=config.training.fresh)
-    config = replace(config, training=replace(config.training, fresh=False))
-    if not run.is_finished:
-        print("The embedded demo: a tiny base model, quantized to 4 bit, learns from preference pairs to explain its")
-        print("answers. Your own model and pairs: ./run_dpo_training.sh --model_name_or_path M --dataset D\n")
-        make_pairs(config)
-        trained = train(config)
-        assert trained is not None
-        record(run, ask(trained, config))
-    print_result(run, json.loads((run.path / RESULT).read_text(encoding="utf-8")))
+    with open_run(config) as run:
+        if not run.is_finished:
+            print("The embedded demo: a tiny base model, quantized to 4 bit, learns from preference pairs to explain")
+            print("its answers. Your own model and pairs: ./run_dpo_training.sh --model_name_or_path M --dataset D\n")
+            make_pairs(config)
+        if not (run.path / RESULT).is_file():
+            record(run, ask(train_in(run, config) or load_again(run, config), config))
+        print_result(run, json.loads((run.path / RESULT).read_text(encoding="utf-8")))
+
+
+def load_again(run: RunFolder, config: TrainConfig) -> Trained:
+    """The adapter of a run that was stopped between the last step and the questions."""
+    model, tokenizer = load_trained(run.path, use_cpu=config.model.use_cpu)
+    return Trained(run, model, tokenizer, pair_tokenizer(config, tokenizer))
 
 
 def demo_config(config: TrainConfig) -> TrainConfig:

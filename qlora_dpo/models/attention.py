@@ -121,14 +121,14 @@ def _sdpa_by_segment(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, back: int) -> Tensor:
     """One segment [Q, H, D] over its prefix and itself [K, Hkv, D]; a window reaches `back` keys back, -1 is all."""
     mask = _segment_mask(len(query), len(key), back, query.device)
-    by_head = [rows.transpose(0, 1)[None] for rows in (query, key, value)]
+    query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
     if not query.is_cuda and query.dtype == torch.bfloat16:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (rows.repeat_interleave(groups, dim=1) for rows in by_head[1:])
-        attended = _FlashOnCpu.apply(by_head[0], key, value, mask, scale)
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+        attended: Tensor = _FlashOnCpu.apply(query, key, value, mask, scale)
     else:
         attended = F.scaled_dot_product_attention(
-            *by_head, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
         )
     return attended[0].transpose(0, 1)
 

@@ -11,6 +11,7 @@ from torch import nn
 from qlora_dpo.errors import ModelError, QloraDpoError, ResourceError, StorageError, UsageError
 
 CPU_BLOCK = 64  # bitsandbytes quantizes runs of 64 weights; its CPU kernel needs whole runs in every row
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # run code when they are loaded; only safetensors are
 
 
 def choose_device(use_cpu: bool) -> torch.device:
@@ -27,7 +28,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     is_bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
     kind: Any = LlamaTokenizer if is_bare else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = kind.from_pretrained(name, **_source(revision, trust_remote_code))
     except Exception as error:
         raise _loading_error("tokenizer", name, revision, error) from error
     if tokenizer.pad_token is None:
@@ -60,7 +61,7 @@ def load_base(
     disable_progress_bar()
     config = load_config(name, revision, trust_remote_code)
     _check_local_weights(name)
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    _refuse_hidden_adapter(name, revision)
     disable_dropout(config)
     if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
         check_cpu_quantizable(config, trust_remote_code)
@@ -72,7 +73,7 @@ def load_base(
             quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
             device_map={"": device},
             use_safetensors=True,
-            **source,
+            **_source(revision, trust_remote_code),
         )
     except torch.OutOfMemoryError as error:
         raise out_of_memory(f"loading {name}", device) from error
@@ -80,6 +81,7 @@ def load_base(
         raise _loading_error("model", name, revision, error) from error
     model.requires_grad_(False)
     keep_cpu_layers_differentiable(model)
+    leave_float16(model, dtype)
     return model
 
 
@@ -97,9 +99,19 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
             f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one."
         )
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, **_source(revision, trust_remote_code))
     except Exception as error:
         raise _loading_error("model", name, revision, error) from error
+
+
+def model_on_meta(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A causal language model of this config without weights; its code, where it brings some, from the same commit."""
+    from transformers import AutoModelForCausalLM
+
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        options["code_revision"] = config._commit_hash  # transformers would take the newest code
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def disable_dropout(config: Any) -> None:
@@ -117,11 +129,9 @@ def check_cpu_quantizable(config: Any, trust_remote_code: bool = False) -> None:
     Raises:
         UsageError: naming the first such layer.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = model_on_meta(config, trust_remote_code)
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head or not isinstance(module, nn.Linear | Conv1D):
@@ -144,6 +154,24 @@ def keep_cpu_layers_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def leave_float16(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold and compute in `dtype` what a base that comes quantized has in float16, in which DPO's gradients overflow:
+    transformers leaves it so, whatever type is asked for."""
+    from bitsandbytes.nn import Linear4bit
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float16:
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            state = weight.quant_state
+            if module.compute_dtype == torch.float16:
+                module.compute_dtype = dtype
+            if state.dtype == torch.float16:
+                state.dtype = dtype
+
+
 def out_of_memory(doing: str, device: torch.device) -> ResourceError:
     """The error for a device that is full, with what it holds and what to change."""
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
@@ -151,6 +179,25 @@ def out_of_memory(doing: str, device: torch.device) -> ResourceError:
         f"{device} ran out of memory while {doing} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free now). Lower "
         "--max_tokens_per_microbatch or --lora_r, use --activation_checkpointing offload, or free the device."
     )
+
+
+def _source(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """From where and how transformers loads. Code is taken from the pinned commit too: without `code_revision`, code
+    that lives in another repository would come from its newest one. So that repository is refused: it lacks the commit.
+    """
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return source | ({"code_revision": revision} if trust_remote_code else {})
+
+
+def _refuse_hidden_adapter(name: str, revision: str | None) -> None:
+    """Transformers silently loads an adapter that lies beside a model, pickled or not, and the base would not be it."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(name, revision=revision) is not None:
+        raise ModelError(
+            f"{name} holds an adapter (adapter_config.json) beside the model, which would be loaded into the base "
+            "unseen. Name the base without it, and the adapter with --reference_model."
+        )
 
 
 def _check_local_folder(name: str) -> None:
@@ -164,7 +211,7 @@ def _check_local_folder(name: str) -> None:
 def _check_local_weights(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for path in folder.glob("*.bin"))
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         found = f" ({others[0]} is a pickle, which is not loaded: it can run code)" if others else ""
         raise StorageError(f"{name}: the folder holds no *.safetensors weights{found}. Download or convert them.")
 
@@ -180,7 +227,10 @@ def _loading_error(what: str, name: str, revision: str | None, error: Exception)
     if any(isinstance(cause, hub.GatedRepoError) for cause in causes):
         return StorageError(f"{name} is gated: accept its terms on the Hub and log in (`hf auth login` or HF_TOKEN).")
     if any(isinstance(cause, hub.RevisionNotFoundError) for cause in causes):
-        return StorageError(f"{name} has no revision {revision}: check --model_revision.")
+        return StorageError(
+            f"{name} has no revision {revision}, or its code lives in another repository, which that commit does not "
+            "pin: check --model_revision."
+        )
     if any(isinstance(cause, hub.RepositoryNotFoundError) for cause in causes):
         return StorageError(f"{name}: neither a local folder nor a model on the Hub{at}: check --model_name_or_path.")
     if any(

@@ -16,6 +16,16 @@ from qlora_dpo.errors import ModelError, StorageError, UsageError
 
 POLICY, REFERENCE = "default", "reference"
 
+# Fields of adapter_config.json. PEFT imports what the first two name; of the others only these belong to plain LoRA.
+IMPORTING_FIELDS = ("auto_mapping", "megatron_config", "base_model_class", "parent_library")
+LORA_FIELDS = {
+    "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "lora_dropout", "lora_bias", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "target_modules",
+    "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "init_lora_weights", "ensure_weight_tying",
+}  # fmt: skip
+HARMLESS_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # read only with another field
+
 
 def add_adapter(
     base: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int
@@ -92,16 +102,40 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{config_file} is not valid JSON: {error}. Restore it from the training run.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} holds no JSON object. Restore it from the training run.")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{config_file}: peft_type is {config.get('peft_type')!r}; only LORA adapters are read.")
-    for field in ("auto_mapping", "megatron_config"):
+    _refuse_more_than_lora(config_file, config)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise StorageError(f"{folder}: adapter_model.safetensors is missing (a pickled adapter_model.bin is not read).")
+    return config
+
+
+def _refuse_more_than_lora(config_file: Path, config: dict[str, Any]) -> None:
+    """An adapter is data: of what its config may ask PEFT for, only what plain LoRA needs is let through.
+
+    Raises:
+        ModelError: it asks to import code, for another method, or for an initialization that changes the base.
+    """
+    for field in IMPORTING_FIELDS:
         if config.get(field):
             raise ModelError(
                 f"{config_file}: {field} asks to import code; such an adapter is refused. Remove the field."
             )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise StorageError(f"{folder}: adapter_model.safetensors is missing (a pickled adapter_model.bin is not read).")
-    return config
+    for field, value in config.items():
+        if value and field not in LORA_FIELDS and value != HARMLESS_DEFAULTS.get(field):
+            raise ModelError(
+                f"{config_file}: {field} is {json.dumps(value)[:80]}, which plain LoRA does not have. Only plain LoRA "
+                "adapters are read: other methods read files or change the base while they load."
+            )
+    start = config.get("init_lora_weights")
+    if start not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise ModelError(
+            f"{config_file}: init_lora_weights is {json.dumps(start)}, which can change the weights of the base when "
+            "the adapter is loaded. Convert it to a plain LoRA adapter with PEFT (save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
-from qlora_dpo.models.loading import disable_dropout
+from qlora_dpo.models.loading import disable_dropout, model_on_meta
 from qlora_dpo.models.lora import add_adapter, trainable_parameters
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights per scale, and scales per scale of scales, as bitsandbytes quantizes
@@ -94,11 +94,8 @@ def build_skeleton(
 
 
 def _base_on_meta(config: Any, quantization: dict[str, Any] | None, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        base = model_on_meta(config, trust_remote_code, dtype=dtype)
         base.requires_grad_(False)
         if quantization:
             _quantize(base, quantization, dtype)

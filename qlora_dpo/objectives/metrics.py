@@ -8,6 +8,9 @@ from torch import Tensor
 
 from qlora_dpo.objectives.pairs import PairStatistics
 
+CHOSEN_SHIFT = "displacement/chosen_per_token"
+"""How much likelier than under the reference each token of the chosen answers is: the mean over pairs, in nats."""
+
 
 def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> dict[str, Tensor]:
     """Return each logged value pair by pair, detached, `[B]` each; rewards are beta * log(pi / pi_ref)."""
@@ -21,6 +24,7 @@ def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> di
         "rewards/margins": chosen_rewards - rejected_rewards,
         "logps/chosen": pairs.policy.chosen,
         "logps/rejected": pairs.policy.rejected,
+        CHOSEN_SHIFT: pairs.chosen_shift,
     }
     return {name: value.detach() for name, value in values.items()}
 

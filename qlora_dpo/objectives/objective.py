@@ -30,6 +30,11 @@ class Objective:
     """WPO: the loop must then pass `per_token_log_squares`."""
 
     @property
+    def names(self) -> list[str]:
+        """The losses by their names in the table."""
+        return [name for term, _ in self.terms for name, loss in LOSSES.items() if loss is term]
+
+    @property
     def beta(self) -> float:
         return self.settings.beta
 
@@ -62,7 +67,10 @@ class Objective:
         Raises: ValueError where a needed argument is missing; UsageError for confidence with coupled pairs.
         """
         policy = pair_logps(policy_per_token_logps, lengths, self.ld_alpha)
-        unscaled = policy if self.ld_alpha is None else pair_logps(policy_per_token_logps, lengths)
+        reference = pair_logps(reference_per_token_logps, lengths, self.ld_alpha)
+        is_scaled = self.ld_alpha is not None
+        unscaled = pair_logps(policy_per_token_logps, lengths) if is_scaled else policy
+        unscaled_reference = pair_logps(reference_per_token_logps, lengths) if is_scaled else reference
         weights = self._confidence_weights(confidence, like=policy.chosen)
         if self.use_weighting:
             if per_token_log_squares is None:
@@ -72,10 +80,11 @@ class Objective:
         chosen_lengths, rejected_lengths = length_tensors(lengths, like=policy.chosen)
         return PairStatistics(
             policy=policy,
-            reference=pair_logps(reference_per_token_logps, lengths, self.ld_alpha),
+            reference=reference,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             chosen_nll=-unscaled.chosen,
+            reference_chosen_nll=-unscaled_reference.chosen,
             weights=weights,
             mean_chosen_length=mean_chosen_length,
         )
@@ -86,6 +95,10 @@ class Objective:
         for loss, weight in self.terms:
             losses = losses + weight * loss.function(self._inputs(pairs, loss.length_averaged), self.settings)
         return losses if pairs.weights is None else losses * pairs.weights
+
+    def with_term(self, name: str, weight: float) -> "Objective":
+        """Return this objective with one more loss of the table added to it."""
+        return replace(self, terms=(*self.terms, (LOSSES[name], weight)))
 
     def at_reference(self, pairs: PairStatistics) -> Tensor:
         """Return the losses of a policy equal to the reference, `[B]`: what a fresh adapter must show."""

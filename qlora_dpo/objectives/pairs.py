@@ -29,10 +29,17 @@ class PairStatistics:
     rejected_lengths: Tensor
     chosen_nll: Tensor
     """Negative log-likelihood of the chosen completion under the policy, summed over all its tokens."""
+    reference_chosen_nll: Tensor
+    """The same under the reference."""
     weights: Tensor | None = None
     """What each pair's loss is multiplied by; None where every pair counts once."""
     mean_chosen_length: float | None = None
     """Chosen tokens of the whole optimizer step divided by its pairs; only the `sft` term needs it."""
+
+    @property
+    def chosen_shift(self) -> Tensor:
+        """Log-prob of the chosen completion under the policy minus that under the reference, per token."""
+        return (self.reference_chosen_nll - self.chosen_nll) / self.chosen_lengths
 
 
 def pair_logps(per_token_logps: Tensor, lengths: Sequence[int], ld_alpha: float | None = None) -> PairLogps:

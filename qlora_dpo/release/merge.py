@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_dpo.config import MergeOptions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
-from qlora_dpo.models.loading import load_base
+from qlora_dpo.models.loading import load_base, model_on_meta
 from qlora_dpo.models.lora import POLICY, check_adapter_folder, load_adapter
 from qlora_dpo.training.checkpoints import newest_valid
 from qlora_dpo.training.run_folder import STATUS, RunFolder
@@ -139,14 +139,11 @@ def _adapter_folder(options: MergeOptions) -> Path:
 
 def _save(causal_lm: Any, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path, max_shard_size: str) -> None:
     """Write a plain model: same architecture, no trace of quantization, the given weights."""
-    from transformers import AutoModelForCausalLM
-
     config = type(causal_lm.config).from_dict(causal_lm.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = dtype
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain = model_on_meta(config, dtype=dtype)
     if config.get_text_config().tie_word_embeddings:
         plain.tie_weights()
     plain.load_state_dict(weights, strict=False, assign=True)

@@ -3,8 +3,9 @@
 checkpoint-N/
   adapter_model.safetensors, adapter_config.json   loadable by any PEFT program
   optimizer.pt, rng_state.pt                       tensors and plain values only (loaded with weights_only)
-  trainer_state.json                               step and schedule
-  manifest.json                                    size and sha256 of each of the above; written last
+  trainer_state.json                               step, schedule, kind of optimizer
+  manifest.json                                    size and sha256 of each of the above and of itself, hash of the
+                                                   options, versions; written last
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from qlora_dpo.environment import versions
+
 MANIFEST = "manifest.json"
+FILES = {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "rng_state.pt", "trainer_state.json"}
+STAGING = ".staging-checkpoint-"
+SAFE = 2  # valid checkpoints that are never deleted
 
 
 def rng_states() -> dict[str, Any]:
@@ -53,15 +59,15 @@ def restore_rng_states(states: dict[str, Any]) -> None:
 
 def save_checkpoint(
     run: Path, step: int, *, save_adapter: Callable[[Path], None], optimizer: dict[str, Any], rng: dict[str, Any],
-    state: dict[str, Any], keep: int,
+    state: dict[str, Any], options_hash: str,
 ) -> Path:  # fmt: skip
-    """Write checkpoint-`step` so that it either exists whole or not at all; then delete all but the newest `keep`.
+    """Write checkpoint-`step` so that it either exists whole or not at all.
 
     Raises:
         OSError: the disk refuses; the older checkpoints are as they were.
     """
     final = run / f"checkpoint-{step}"
-    staging = run / f".staging-checkpoint-{step}"
+    staging = run / f"{STAGING}{step}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir()
@@ -70,7 +76,7 @@ def save_checkpoint(
             _save_tensors(optimizer, staging / "optimizer.pt")
             _save_tensors(rng, staging / "rng_state.pt")
         (staging / "trainer_state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
-        _seal(staging, step)
+        _seal(staging, {"step": step, "config": options_hash, "versions": versions()})
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint only takes room
         raise
@@ -78,9 +84,33 @@ def save_checkpoint(
         shutil.rmtree(final)
     staging.rename(final)
     _sync(run)
-    for _, old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
     return final
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Delete old checkpoints. The newest `keep` stay, the first of which has just been written, and where not two of
+    them are valid, older ones too.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    newest_first = [folder for _, folder in reversed(checkpoints(run))]
+    if len(newest_first) <= keep:
+        return
+    valid = 1
+    for place, folder in enumerate(newest_first[1:], start=1):
+        if valid < SAFE and _damage(folder) is None:
+            valid += 1
+        elif valid >= SAFE and place >= keep:
+            shutil.rmtree(folder)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for staging in run.glob(f"{STAGING}*"):
+        shutil.rmtree(staging, ignore_errors=True)
+    for staged in run.glob(".*.tmp"):
+        staged.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -123,34 +153,57 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
     return optimizer, rng, json.loads((checkpoint / "trainer_state.json").read_text())
 
 
+def other_versions(checkpoint: Path) -> list[str]:
+    """`torch 2.10 (now 2.11)` for each version that has changed since the checkpoint was written."""
+    then = (read_manifest(checkpoint) or {}).get("versions", {})
+    return [f"{name} {then[name]} (now {now})" for name, now in versions().items() if then.get(name, now) != now]
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, or None where there is none that can be believed."""
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        is_whole = manifest.pop("sha256") == _digest(manifest) and FILES <= manifest["files"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if is_whole else None
+
+
 def _save_tensors(content: dict[str, Any], file: Path) -> None:
     with file.open("wb") as opened:  # given a path torch would write by itself and lose the system's reason
         torch.save(content, opened)
 
 
-def _seal(staging: Path, step: int) -> None:
+def _seal(staging: Path, facts: dict[str, Any]) -> None:
     """Write the manifest and bring all files to the disk."""
     files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())}
-    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+    manifest = facts | {"files": files}
+    (staging / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
     for path in staging.iterdir():
         _sync(path)
     _sync(staging)
 
 
 def _damage(folder: Path) -> str | None:
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    manifest = read_manifest(folder)
+    if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
-    for name, expected in files.items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"the content of {name} has changed"
+        try:
+            if _sha256(path) != expected["sha256"]:
+                return f"the content of {name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
     return None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

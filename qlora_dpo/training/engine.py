@@ -27,11 +27,12 @@ class Engine:
     model: Any
     scorer: Scorer
     objective: Objective
+    """The displacement guard may replace it between two steps."""
     pairs: Sequence[TokenizedPair]
     reference: ReferenceLogps
     device: torch.device
     max_tokens: int
-    """Budget of a micro-batch; the only field that changes: the preflight finds it, running out of memory halves it."""
+    """Budget of a micro-batch: the preflight finds it, running out of memory halves it."""
     group: int
     """Pairs that a coupled loss compares with each other."""
 

@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +17,18 @@ from tqdm import tqdm
 
 from qlora_dpo.config import TrainingOptions
 from qlora_dpo.errors import Interrupted, TrainingError
-from qlora_dpo.models.lora import restore_adapter, trainable_parameters
-from qlora_dpo.training.checkpoints import load_state, newest_valid, restore_rng_states, rng_states
+from qlora_dpo.models.lora import trainable_parameters
+from qlora_dpo.training.checkpoints import rng_states
 from qlora_dpo.training.device_memory import DeviceMemory, within_memory
+from qlora_dpo.training.displacement import DisplacementGuard
 from qlora_dpo.training.engine import Engine
 from qlora_dpo.training.preflight import preflight
+from qlora_dpo.training.resuming import resume
 from qlora_dpo.training.run_folder import RunFolder
 from qlora_dpo.training.saving import Saver
 from qlora_dpo.training.schedule import Schedule
 from qlora_dpo.training.signals import StopFlag, StopRequested
-from qlora_dpo.training.tracking import Metrics, Recorder, cut_back
+from qlora_dpo.training.tracking import Metrics, Recorder, cut_back, read_metrics
 
 MAX_BAD_STEPS = 3  # in a row, before a run with non-finite numbers or without a gradient is stopped
 MIN_STEPS_ON_CPU = 100  # for a preflight, which takes as long as one or two steps
@@ -50,13 +53,23 @@ class Training:
     memory: DeviceMemory | None = None
     parameters: list[nn.Parameter] = field(init=False)
     saver: Saver = field(init=False)
+    guard: DisplacementGuard = field(init=False)
     bad_steps: int = 0
 
     def __post_init__(self) -> None:
         self.parameters = trainable_parameters(self.engine.model)
         self.saver = Saver(
-            self.run, self.engine.model, self.optimizer, self.scheduler, self.schedule, self.options.save_total_limit
+            self.run,
+            self.engine.model,
+            self.optimizer,
+            self.scheduler,
+            self.schedule,
+            steps=self.options.save_steps,
+            minutes=self.options.save_minutes,
+            keep=self.options.save_total_limit,
         )
+        self.guard = DisplacementGuard(self.engine, self.options.on_displacement)
+        self.saver.more_state = self.guard.state
 
 
 def fit(training: Training) -> None:
@@ -68,8 +81,9 @@ def fit(training: Training) -> None:
         TrainingError: the numbers stopped making sense.
         torch.OutOfMemoryError: a pair does not fit even alone.
     """
-    done = resume(training)
+    done = begin(training)
     try_out(training, done)
+    complete_evaluation(training, done)
     schedule, options = training.schedule, training.options
     progress = tqdm(
         total=schedule.total_steps, initial=done, unit="step", desc="DPO", file=sys.stderr,
@@ -79,48 +93,49 @@ def fit(training: Training) -> None:
         rng_before = rng_states()
         indices = schedule.step(number)
         started = time.perf_counter()
-        try:
+        # Nothing but random states moves within a step, so the state after the step before is still at hand.
+        with leaving(training, number - 1, rng_before, f"at step {number}"):
             metrics = gradient(training, indices, rng_before)
-        except StopRequested as signal:
-            # Nothing but random states moves within a step, so the state after the step before is still at hand.
-            training.saver.save_now(number - 1, rng_before)
-            raise Interrupted(
-                f"{signal} at step {number}: checkpoint-{number - 1} is written; the same command continues."
-            ) from None
         if number == 1 and not training.has_dropout:
             check_first_step(metrics)
         metrics |= update(training, metrics, indices)
+        metrics |= training.guard.observe(number, metrics)
         metrics |= speed(training, indices, time.perf_counter() - started) | {"epoch": schedule.epoch(number)}
         progress.set_postfix(_shown(metrics), refresh=False)
         progress.update()
         is_last = number == schedule.total_steps
         if number % options.eval_steps == 0 or is_last:
-            metrics |= evaluate(training, number)
+            metrics |= evaluate_or_leave(training, number, metrics)
         if number % options.logging_steps == 0 or is_last or "eval_loss" in metrics:
             training.recorder.log(number, metrics)
+        training.guard.check(number, training.saver)
         if is_last:
             training.saver.save_now(number, rng_states())
-        elif number % options.save_steps == 0 or training.saver.has_to_retry:
+        elif training.saver.is_due(number):
             training.saver.save(number, rng_states())
     progress.close()
 
 
-def resume(training: Training) -> int:
-    """Restore the newest valid checkpoint; returns its step, 0 where there is none."""
-    checkpoint, rejected = newest_valid(training.run.path)
-    for reason in rejected:
-        print(reason, file=sys.stderr)
-    step = 0
-    if checkpoint is not None:
-        optimizer, rng, state = load_state(checkpoint)
-        restore_adapter(training.engine.model, checkpoint)
-        training.optimizer.load_state_dict(optimizer["optimizer"])
-        training.scheduler.load_state_dict(optimizer["scheduler"])
-        restore_rng_states(rng)
-        step = training.saver.newest = int(state["step"])
-        print(f"Continuing from {checkpoint.name} of {training.schedule.total_steps} steps.", file=sys.stderr)
-    cut_back(training.run.metrics, step)
-    return step
+@contextmanager
+def leaving(training: Training, step: int, rng: dict[str, Any], where: str) -> Iterator[None]:
+    """A signal within this block ends the run, once the checkpoint of `step` with these random states is written."""
+    try:
+        yield
+    except StopRequested as signal:
+        training.saver.save_now(step, rng)
+        raise Interrupted(f"{signal} {where}: checkpoint-{step} is written; the same command continues.") from None
+
+
+def begin(training: Training) -> int:
+    """Restore the newest valid checkpoint, or write the first one; returns the steps that are done."""
+    state = resume(
+        training.run, training.engine.model, training.optimizer, training.scheduler, training.schedule.total_steps
+    )
+    if state is not None:
+        training.guard.restore(state)
+        training.saver.newest = int(state["step"])
+    training.saver.begin()
+    return training.saver.newest or 0
 
 
 def try_out(training: Training, done: int) -> None:
@@ -196,26 +211,46 @@ def _complain(training: Training, is_finite: bool, indices: Sequence[int]) -> No
         )
 
 
-def evaluate(training: Training, number: int) -> Metrics:
-    """Metrics of the held-out pairs, and sample answers where they were asked for.
+def evaluate_or_leave(training: Training, number: int, metrics: Metrics) -> Metrics:
+    """Evaluate after step `number`, which has these metrics.
 
     Raises:
-        Interrupted: a signal came; the step before the evaluation is saved.
+        Interrupted: a signal came; the step is saved and logged, and evaluated when the run continues.
     """
+    with leaving(training, number, rng_states(), "during an evaluation"):
+        try:
+            return evaluate(training, number)
+        except StopRequested:
+            training.recorder.log(number, metrics)
+            raise
+
+
+def evaluate(training: Training, number: int) -> Metrics:
+    """Metrics of the held-out pairs, and sample answers where they were asked for."""
     engine, indices, pause = training.engine, training.eval_indices, training.stop.check
-    rng = rng_states()
-    try:
-        metrics = within_memory(engine, indices, rng, lambda: engine.evaluate(indices, pause))
-    except StopRequested as signal:
-        training.saver.save_now(number, rng)
-        raise Interrupted(
-            f"{signal} during an evaluation: checkpoint-{number} is written; the same command continues."
-        ) from None
+    metrics = within_memory(engine, indices, rng_states(), lambda: engine.evaluate(indices, pause))
     try:
         training.show_samples(number)
     except OSError as error:
         tqdm.write(f"warning: samples of step {number} cannot be written: {error.strerror or error}", file=sys.stderr)
     return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def complete_evaluation(training: Training, done: int) -> None:
+    """Make up for the evaluation of the newest step where a signal cut it short.
+
+    Raises:
+        Interrupted: a signal came again.
+    """
+    is_due = done % training.options.eval_steps == 0 or done == training.schedule.total_steps
+    rows = read_metrics(training.run.metrics)
+    if not (is_due and training.eval_indices and rows and rows[-1]["step"] == done and "eval_loss" not in rows[-1]):
+        return
+    metrics = {name: value for name, value in rows[-1].items() if name != "step"}
+    with leaving(training, done, rng_states(), "during an evaluation"):
+        metrics |= evaluate(training, done)
+    cut_back(training.run.metrics, done - 1)
+    training.recorder.log(done, metrics)
 
 
 def speed(training: Training, indices: Sequence[int], seconds: float) -> Metrics:

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.training.changes import (
+    CONTENT,
+    ONE_TIME,
+    Change,
+    changed_content,
+    changed_options,
+    options_hash,
+    record,
+    refuse,
+    refuse_pointless,
+)
+from qlora_dpo.training.run_lock import LOCK, locked
 
 CONFIG, STATUS, METRICS, CURVES, CARD, SAMPLES = (
     "config.yaml", "run.json", "metrics.jsonl", "training_curves.png", "README.md", "samples.jsonl"
 )  # fmt: skip
 
-# Options that may differ when a run continues: they change where it reports, not what it computes.
-FREE_TO_CHANGE = {
-    "output_dir", "fresh", "report_to", "run_name", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "sample_generate", "max_new_tokens", "max_tokens_per_microbatch", "activation_checkpointing",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and status of a run."""
+    """Paths and status of a run and, where it is to be trained, what was asked for."""
 
     path: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    allow_changed: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    """Allowed differences between `options` and those that the run began with."""
+    content: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what the options name, by option."""
 
     @property
     def metrics(self) -> Path:
@@ -39,6 +54,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         """All steps were done and the adapter written."""
         return self.status().get("status") == "finished"
+
+    @property
+    def options_hash(self) -> str:
+        """Hash of the options that decide what the run computes."""
+        return options_hash(self.options)
 
     def status(self) -> dict[str, Any]:
         """Content of run.json; empty before the run has written it."""
@@ -54,9 +74,39 @@ class RunFolder:
         Raises:
             StorageError: the disk refuses; the file is as it was.
         """
-        file = self.path / STATUS
+        self._write(STATUS, json.dumps(self.status() | values, indent=2, ensure_ascii=False) + "\n")
+
+    def with_content(self, content: dict[str, str]) -> RunFolder:
+        """The run with the fingerprints of what its options name.
+
+        Raises:
+            UsageError: they are not those that the run began with, and nobody allowed it; or what was allowed has not
+                changed.
+        """
+        status = self.status()
+        other = changed_content(status.get("content", {}), content, self.changes, self.allow_changed)
+        refuse(self.path, other, self.allow_changed)
+        changes = (*self.changes, *other)
+        refuse_pointless(self.path, changes, self.allow_changed, status.get("changed", []))
+        return replace(self, content=content, changes=changes)
+
+    def begin(self, **values: Any) -> str:
+        """Note in the folder that training begins, or goes on, with these options; returns the run's id for trackers.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        status = self.status()
+        run_id = status.get("run_id") or secrets.token_hex(8)
+        changed = record(status.get("changed", []), self.changes, status.get("step", 0))
+        self.update_status(status="training", run_id=run_id, content=self.content, changed=changed, **values)
+        self._write(CONFIG, _config_text(self.options))
+        return str(run_id)
+
+    def _write(self, name: str, text: str) -> None:
+        file = self.path / name
         try:
-            write_atomically(file, json.dumps(self.status() | values, indent=2, ensure_ascii=False) + "\n")
+            write_atomically(file, text)
         except OSError as error:
             raise StorageError(
                 f"{file} cannot be written: {error.strerror or error}. Make room there and run the same command again."
@@ -68,46 +118,101 @@ def default_output_dir(model: str, dataset: str) -> Path:
     return Path("runs") / f"{Path(model).name}-{Path(dataset).name.split('.')[0]}"
 
 
-def open_run_folder(path: Path, options: dict[str, Any], *, fresh: bool) -> RunFolder:
-    """Create the run's folder, or reopen it to continue.
+@contextmanager
+def held_run_folder(
+    path: Path, options: dict[str, Any], *, fresh: bool, allow_changed: Sequence[str] = ()
+) -> Iterator[RunFolder]:
+    """Create or reopen the run's folder, for this process alone until the block ends.
+
+    Raises:
+        StorageError: it cannot be written, or another process trains there.
+        UsageError: it holds something else, or a run with other options.
+    """
+    _refuse_foreign(path)
+    with ExitStack() as stack:
+        with _storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        yield open_run_folder(path, options, fresh=fresh, allow_changed=allow_changed)
+
+
+def open_run_folder(
+    path: Path, options: dict[str, Any], *, fresh: bool, allow_changed: Sequence[str] = ()
+) -> RunFolder:
+    """Create the run's folder, or reopen it to continue, whether or not another process is there.
 
     Raises:
         StorageError: the folder cannot be written.
         UsageError: it holds something else, or a run with other options.
     """
-    config_file = path / CONFIG
-    is_run = config_file.is_file()
-    if path.exists() and not path.is_dir():
-        raise StorageError(f"--output_dir {path} is a file. Name a folder.")
-    if path.is_dir() and not is_run and any(path.iterdir()):
-        raise UsageError(f"--output_dir {path} holds files but no run of this tool. Name an empty or new folder.")
-    try:
-        if fresh and is_run:
-            shutil.rmtree(path)
-        elif (path / STATUS).is_file():  # training has begun: before that, options may still be corrected
-            _refuse_changed(path, yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}, options)
+    _refuse_foreign(path)
+    allowed = tuple(allow_changed)
+    has_begun = (path / STATUS).is_file() and not fresh  # before that, options may still be corrected
+    run = RunFolder(path, options, allowed)
+    if has_begun:
+        changes = changed_options(_read_config(path / CONFIG), options)
+        refuse(path, changes, allowed)
+        named = [name for name in allowed if name not in CONTENT]  # about content the data have the last word
+        refuse_pointless(path, changes, named, run.status().get("changed", []))
+        run = replace(run, changes=tuple(changes))
+    elif allowed:
+        raise UsageError(
+            f"--allow_changed {' '.join(allowed)}: no run has begun in {path} that could differ. Leave it out."
+        )
+    with _storage_errors(path):
+        if fresh:
+            _empty(path)
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "no permission to write", str(path))
-        write_atomically(config_file, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        if not has_begun:
+            write_atomically(path / CONFIG, _config_text(options))
+    return run
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a path that is a file, or a folder of something else."""
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"--output_dir {path} is a file. Name a folder.")
+    is_run = (path / CONFIG).is_file()
+    if path.is_dir() and not is_run and any(child.name != LOCK for child in path.iterdir()):
+        raise UsageError(f"--output_dir {path} holds files but no run of this tool. Name an empty or new folder.")
+
+
+def _empty(path: Path) -> None:
+    """Delete the run in a folder but not its lock; last what tells that there was one, should this be cut short."""
+    children = [child for child in path.iterdir() if child.name != LOCK] if path.is_dir() else []
+    for child in sorted(children, key=lambda child: (child.name == CONFIG, child.name == STATUS)):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"--output_dir {path} cannot be written: {error.strerror or error}. Name a folder that you may write to."
         ) from error
-    return RunFolder(path)
 
 
-def _refuse_changed(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        f"  {name}: was {before.get(name)}, now {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if name not in FREE_TO_CHANGE and before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise UsageError(
-            f"{path} holds a run with other options:\n" + "\n".join(changed) + "\nContinue it with its own options, "
-            "name another --output_dir, or start anew with --fresh."
-        )
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        options: dict[str, Any] = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise StorageError(
+            f"{file} cannot be read ({type(error).__name__}), so nobody knows what this run began with. Restore it, or "
+            "start anew with --fresh."
+        ) from error
+    return options
+
+
+def _config_text(options: dict[str, Any]) -> str:
+    settings = {name: value for name, value in options.items() if name not in ONE_TIME}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ class SamplePrinter:
         *,
         max_new_tokens: int,
         end_id: int,
+        pause: Callable[[], None],
     ) -> None:
+        """`pause` is called after each token and may raise to stop there."""
         self._model, self._tokenizer = model, tokenizer
         self._prompts, self._file = prompts, file
-        self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_token_ids": [end_id]}
+        self._settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "end_token_ids": [end_id], "pause": pause,
+        }  # fmt: skip
         self._before: list[str] | None = None
 
     def __call__(self, step: int) -> None:

@@ -1,7 +1,8 @@
-"""When and how a run writes its checkpoints, and what it does while the disk refuses them."""
+"""When and how a run writes its checkpoints, how much room they need, and what happens while the disk refuses them."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from qlora_dpo.errors import StorageError
-from qlora_dpo.models.lora import save_adapter
-from qlora_dpo.training.checkpoints import save_checkpoint
+from qlora_dpo.models.lora import save_adapter, trainable_parameters
+from qlora_dpo.training.checkpoints import checkpoints, rng_states, rotate, save_checkpoint
 from qlora_dpo.training.run_folder import RunFolder
 from qlora_dpo.training.schedule import Schedule
 
@@ -30,17 +31,39 @@ class Saver:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     schedule: Schedule
+    steps: int
+    """Between two checkpoints."""
+    minutes: float
+    """After which a checkpoint is written also between; 0 for never."""
     keep: int
     newest: int | None = None
     """Step of the newest checkpoint that is whole."""
+    more_state: Callable[[], dict[str, Any]] = dict
+    """What else a checkpoint's trainer_state.json holds."""
     clock: Callable[[], float] = time.monotonic
     _failing_since: float | None = None
     _tried_at: float = 0.0
+    _saved_at: float = 0.0
 
-    @property
-    def has_to_retry(self) -> bool:
-        """The last attempt failed, a minute ago or longer."""
-        return self._failing_since is not None and self.clock() - self._tried_at >= RETRY_SECONDS
+    def begin(self) -> None:
+        """Check the room, and in a new run write checkpoint-0, so that what cannot be written fails now and not after
+        the first hours.
+
+        Raises:
+            StorageError: there is too little room, or the disk refuses.
+        """
+        self._saved_at = self.clock()
+        self._check_room()
+        if self.newest is None:
+            self.save_now(0, rng_states())
+
+    def is_due(self, number: int) -> bool:
+        """Whether a checkpoint is to be written after this step: by steps, by the clock, or once more."""
+        if number % self.steps == 0:
+            return True
+        if self._failing_since is not None:
+            return self.clock() - self._tried_at >= RETRY_SECONDS
+        return 0 < 60 * self.minutes <= self.clock() - self._saved_at
 
     def save(self, number: int, rng: dict[str, Any]) -> None:
         """Write checkpoint-`number`; where the disk refuses, say so, and the run goes on.
@@ -80,14 +103,32 @@ class Saver:
             save_adapter=lambda folder: save_adapter(self.model, folder),
             optimizer={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             rng=rng,
-            state={"total_steps": self.schedule.total_steps, "epoch": self.schedule.epoch(number)},
-            keep=self.keep,
+            state={
+                "total_steps": self.schedule.total_steps,
+                "epoch": self.schedule.epoch(number),
+                "optimizer": type(self.optimizer).__name__,
+            }
+            | self.more_state(),
+            options_hash=self.run.options_hash,
         )
         self.newest = number
+        self._saved_at = self.clock()
         try:
+            rotate(self.run.path, self.keep)
             self.run.update_status(status="training", step=number)
-        except StorageError as error:  # the checkpoint is what counts
+        except (OSError, StorageError) as error:  # the checkpoint is what counts
             tqdm.write(f"warning: {error}", file=sys.stderr)
+
+    def _check_room(self) -> None:
+        size = checkpoint_bytes(self.model, self.optimizer)
+        count = max(1, self.keep + 1 - len(checkpoints(self.run.path)))  # one more than stays, while it is written
+        free = shutil.disk_usage(self.run.path).free
+        if free < count * size:
+            what = f"{count} checkpoints of {_size(size)} each need" if count > 1 else "a checkpoint needs"
+            raise StorageError(
+                f"{self.run.path} has {_size(free)} free, and {what} {_size(count * size)}: make room there, or name "
+                "another --output_dir."
+            )
 
     def _bear(self, number: int, error: OSError) -> None:
         reason = error.strerror or str(error)
@@ -108,3 +149,16 @@ class Saver:
         if self.newest is None:
             return f"No checkpoint has been written yet: make room in {self.run.path}; the same command starts again."
         return f"checkpoint-{self.newest} is safe: make room in {self.run.path}; the same command continues from it."
+
+
+def checkpoint_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Size of a checkpoint once the optimizer has its two moments per weight, of 8 bit or as wide as the weight."""
+    parameters = trainable_parameters(model)
+    adapter = sum(parameter.nbytes for parameter in parameters)
+    is_8bit = getattr(getattr(optimizer, "args", None), "optim_bits", 32) == 8  # bitsandbytes
+    return adapter + 2 * (sum(parameter.numel() for parameter in parameters) if is_8bit else adapter)
+
+
+def _size(count: float) -> str:
+    unit = "GiB" if count >= 2**30 else "MiB"
+    return f"{count / (2**30 if unit == 'GiB' else 2**20):.1f} {unit}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from qlora_dpo.models.lora import (
     save_adapter,
 )
 from qlora_dpo.models.scoring import choose_scorer
-from qlora_dpo.objectives.objective import make_objective
+from qlora_dpo.objectives.objective import Objective, make_objective
 from qlora_dpo.training.checkpoints import disk_errors
+from qlora_dpo.training.content import content_of
 from qlora_dpo.training.curves import draw_curves
 from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.device_memory import device_memory
@@ -44,12 +47,13 @@ from qlora_dpo.training.run_folder import (
     SAMPLES,
     RunFolder,
     default_output_dir,
-    open_run_folder,
+    held_run_folder,
 )
 from qlora_dpo.training.samples import SamplePrinter
 from qlora_dpo.training.schedule import make_schedule
 from qlora_dpo.training.signals import StopFlag, stop_on_signals
-from qlora_dpo.training.tracking import Recorder, read_metrics, start_trackers
+from qlora_dpo.training.trackers import start_trackers
+from qlora_dpo.training.tracking import Recorder, read_metrics
 
 SAMPLE_PROMPTS = 4
 
@@ -70,18 +74,12 @@ def train(config: TrainConfig) -> Trained | None:
     Raises:
         QloraDpoError: one of its kinds, each saying what happened, why, and what to do.
     """
-    objective = make_objective(
-        config.loss.loss_type,
-        config.loss.loss_weights or None,
-        beta=config.loss.beta,
-        label_smoothing=config.loss.label_smoothing,
-        f_divergence_type=config.loss.f_divergence_type,
-        f_alpha_divergence_coef=config.loss.f_alpha_divergence_coef,
-        discopop_tau=config.loss.discopop_tau,
-        ld_alpha=config.loss.ld_alpha,
-        use_weighting=config.loss.use_weighting,
-    )
-    run = open_run(config)
+    with open_run(config) as run:
+        return train_in(run, config)
+
+
+def train_in(run: RunFolder, config: TrainConfig) -> Trained | None:
+    """`train` in a folder that is held for it already."""
     if run.is_finished:
         print(f"{run.path} is finished; --fresh starts it anew.", file=sys.stderr)
         return None
@@ -89,32 +87,56 @@ def train(config: TrainConfig) -> Trained | None:
     tokenizer = load_training_tokenizer(config)
     data = load_training_data(config.data, tokenizer, config.training.seed)
     print("\n".join(data.summary()), file=sys.stderr)
-    with stop_on_signals() as stop:
-        try:
-            model = load_policy(config, device)
-            fuse_lora(model)
-            make_lean(model)
-            scorer = choose_scorer(model, data.pairs[data.train[0]], device)
-            set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
-            engine = Engine(
-                model, scorer, objective, data.pairs, local_reference(model, scorer), device,
-                config.training.max_tokens_per_microbatch or DEFAULT_MAX_TOKENS,
-                config.training.per_device_train_batch_size,
-            )  # fmt: skip
+    run = run.with_content(content_of(config, data))
+    try:
+        model = load_policy(config, device)
+        fuse_lora(model)
+        make_lean(model)
+        scorer = choose_scorer(model, data.pairs[data.train[0]], device)
+        set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
+        engine = Engine(
+            model, scorer, objective_of(config), data.pairs, local_reference(model, scorer), device,
+            config.training.max_tokens_per_microbatch or DEFAULT_MAX_TOKENS,
+            config.training.per_device_train_batch_size,
+        )  # fmt: skip
+        with stop_on_signals() as stop:
             training = prepare(config, run, engine, tokenizer, data, stop)
-            fit(training)
-            training.recorder.finish()
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory("training", device) from error
+            with training.recorder:
+                fit(training)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory("training", device) from error
     finish(config, run, model, tokenizer, data)
     return Trained(run, model, tokenizer, pair_tokenizer(config, tokenizer))
 
 
-def open_run(config: TrainConfig) -> RunFolder:
-    """The folder that --output_dir names, or the default one."""
-    assert config.model.model_name_or_path is not None and config.data.dataset is not None
-    path = config.training.output_dir or default_output_dir(config.model.model_name_or_path, config.data.dataset)
-    return open_run_folder(path, config.flat(), fresh=config.training.fresh)
+def objective_of(config: TrainConfig) -> Objective:
+    """The loss of this run.
+
+    Raises:
+        UsageError: its options do not fit together.
+    """
+    loss = config.loss
+    return make_objective(
+        loss.loss_type,
+        loss.loss_weights or None,
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        f_divergence_type=loss.f_divergence_type,
+        f_alpha_divergence_coef=loss.f_alpha_divergence_coef,
+        discopop_tau=loss.discopop_tau,
+        ld_alpha=loss.ld_alpha,
+        use_weighting=loss.use_weighting,
+    )
+
+
+@contextmanager
+def open_run(config: TrainConfig) -> Iterator[RunFolder]:
+    """The folder that --output_dir names, or the default one, held for this process until the block ends."""
+    objective_of(config)  # a wrong option is refused before --fresh deletes anything
+    options = config.training
+    path = options.output_dir or default_output_dir(str(config.model.model_name_or_path), str(config.data.dataset))
+    with held_run_folder(path, config.flat(), fresh=options.fresh, allow_changed=options.allow_changed) as run:
+        yield run
 
 
 def load_training_tokenizer(config: TrainConfig) -> Any:
@@ -168,9 +190,7 @@ def prepare(
         max_steps=options.max_steps,
         seed=options.seed,
     )
-    run.update_status(
-        status="training", total_steps=schedule.total_steps, data=data.fingerprint, environment=describe()
-    )
+    run_id = run.begin(total_steps=schedule.total_steps, environment=describe())
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
         options.optim,
@@ -184,7 +204,7 @@ def prepare(
     prompts = list({tuple(data.pairs[index].prompt_ids): None for index in data.held_out})[:SAMPLE_PROMPTS]
     samples = SamplePrinter(
         engine.model, tokenizer, prompts if options.sample_generate else [], run.path / SAMPLES,
-        max_new_tokens=options.max_new_tokens, end_id=pair_tokenizer(config, tokenizer).end_id,
+        max_new_tokens=options.max_new_tokens, end_id=pair_tokenizer(config, tokenizer).end_id, pause=stop.check,
     )  # fmt: skip
     return Training(
         run=run,
@@ -201,7 +221,9 @@ def prepare(
         ),
         recorder=Recorder(
             run.metrics,
-            start_trackers(options.report_to, run.path, options.run_name or run.path.name, config.flat()),
+            start_trackers(
+                options.report_to, run.path, options.run_name or run.path.name, config.flat(), run_id=run_id
+            ),
         ),
         stop=stop,
         show_samples=samples,

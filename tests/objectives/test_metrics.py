@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from trl_values import trl_loss
 
-from qlora_dpo.objectives.metrics import MetricSums, preference_metrics
+from qlora_dpo.objectives.metrics import CHOSEN_SHIFT, MetricSums, preference_metrics
 from qlora_dpo.objectives.objective import make_objective
 
 LENGTHS = [5, 3, 2, 6, 4, 4]
@@ -25,6 +27,21 @@ def metrics_of(policy: Tensor, reference: Tensor, lengths: list[int]) -> dict[st
     return preference_metrics(objective(pairs), pairs, objective.beta)
 
 
+def shift_by_hand(policy: Tensor, reference: Tensor) -> float:
+    """Mean over the pairs of the mean over their chosen tokens; TRL logs only sums over tokens."""
+    shifts = torch.split((policy - reference).detach(), LENGTHS)[0::2]
+    return sum(float(shift.mean()) for shift in shifts) / len(shifts)
+
+
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.3}, {"loss_type": "sigmoid_norm"}], ids=str)
+def test_shift_of_the_chosen_answers_counts_every_token_once_whatever_the_loss(options: dict[str, Any]) -> None:
+    policy, reference = rows()
+    objective = make_objective(**options)
+    pairs = objective.statistics(policy, reference, LENGTHS)
+    shifts = preference_metrics(objective(pairs), pairs, objective.beta)[CHOSEN_SHIFT]
+    assert shifts.mean().item() == pytest.approx(shift_by_hand(policy, reference))
+
+
 def test_metrics_equal_trls() -> None:
     policy, reference = rows()
     sums = MetricSums()
@@ -32,6 +49,7 @@ def test_metrics_equal_trls() -> None:
     loss, expected = trl_loss(policy, reference, LENGTHS, loss_type=["sigmoid"], beta=0.4)
     means = sums.mean()
     assert means.pop("loss") == pytest.approx(loss.item())
+    assert means.pop(CHOSEN_SHIFT) == pytest.approx(shift_by_hand(policy, reference))
     assert means == {name: pytest.approx(expected[name]) for name in means}
     assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"} < set(means)
     assert {"logps/chosen", "logps/rejected"} < set(means)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from qlora_dpo.training import checkpoints as checkpoints_module
 from qlora_dpo.training.checkpoints import checkpoints, disk_errors, newest_valid
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.run_folder import RunFolder, write_atomically
+from qlora_dpo.training.saving import checkpoint_bytes
 from qlora_dpo.training.tracking import Recorder, cut_back, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +74,7 @@ def test_run_goes_on_and_saves_again_as_soon_as_there_is_room(
     training.recorder.log = log  # type: ignore[method-assign]
     fit(training)
     assert disk.attempts == [4, 5, 6, 7]  # every minute, not only every other step
-    assert seen[3] == seen[8] == [2] and seen[9] == [2, 8]  # step 8 is free again
+    assert seen[3] == seen[8] == [0, 2] and seen[9] == [2, 8]  # step 8 is free again
     assert [step for step, _ in checkpoints(tmp_path)] == [10, 12] and newest_valid(tmp_path)[1] == []
     error = capsys.readouterr().err
     assert error.count("checkpoint-4 cannot be written (No space left on device)") == 1
@@ -106,7 +108,7 @@ def test_last_step_that_cannot_be_saved_stops_the_run(
     Disk(training, monkeypatch, full_steps=range(first_full, 100), minutes=1)
     with pytest.raises(StorageError, match=r"^checkpoint-3 cannot be written: No space left on device\.") as stopped:
         fit(training)
-    assert ("checkpoint-2 is safe" if first_full == 3 else "No checkpoint has been written") in str(stopped.value)
+    assert f"checkpoint-{2 if first_full == 3 else 0} is safe" in str(stopped.value)
 
 
 @pytest.mark.parametrize("save_steps", [2, 3])
@@ -214,15 +216,52 @@ def test_failed_replacement_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("limit", [10_000, 40_000])  # the adapter has 30 kB, the optimizer's state twice that
+@pytest.mark.parametrize(("limit", "left"), [(10_000, []), (40_000, [0])])
 def test_what_safetensors_and_torch_report_is_understood(
-    limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    limit: int, left: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = training_on(tmp_path, steps=3)
-    with largest_file(limit), pytest.raises(StorageError, match=r"^checkpoint-3 cannot be written: File too large"):
+    training = training_on(tmp_path, steps=3)  # the adapter has 30 kB, the optimizer's state after step 1 twice that
+    failed = 3 if left else 0
+    with largest_file(limit), pytest.raises(StorageError, match=f"^checkpoint-{failed} cannot be written: File too l"):
         fit(training)
-    assert "checkpoint-2 cannot be written (File too large)" in capsys.readouterr().err
-    assert not checkpoints(tmp_path) and not list(tmp_path.glob(".staging*"))
+    assert ("checkpoint-2 cannot be written (File too large)" in capsys.readouterr().err) == bool(left)
+    assert [step for step, _ in checkpoints(tmp_path)] == left and not list(tmp_path.glob(".staging*"))
+
+
+def test_disk_that_takes_no_checkpoint_is_found_before_the_first_step(tmp_path: Path) -> None:
+    training = training_on(tmp_path)
+    with largest_file(10_000), pytest.raises(StorageError, match="No checkpoint has been written yet: make room"):
+        fit(training)
+    assert read_metrics(training.run.metrics) == [] and checkpoints(tmp_path) == []
+
+
+def test_too_little_room_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = training_on(tmp_path)
+    size = checkpoint_bytes(training.engine.model, training.optimizer)
+
+    def free(count: float) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=int(count * size)))
+
+    free(2.9)
+    with pytest.raises(StorageError) as refused:
+        fit(training)
+    have, each, needed = (f"{count * size / 2**20:.1f} MiB" for count in (2.9, 1, 3))
+    assert f"has {have} free, and 3 checkpoints of {each} each need {needed}" in str(refused.value)
+    assert checkpoints(tmp_path) == []
+    free(3.1)
+    fit(training)
+    free(1.1)  # a continued run has two of the three already
+    fit(training_on(tmp_path))
+    free(0.9)
+    with pytest.raises(StorageError, match="and a checkpoint needs "):
+        fit(training_on(tmp_path))
+
+
+def test_room_is_counted_as_the_files_turn_out(tmp_path: Path) -> None:
+    training = make_training(with_lora(tiny_model(), r=32, zero=True), PAIRS, tmp_path, steps=2)
+    fit(training)
+    files = [file.stat().st_size for file in (tmp_path / "checkpoint-2").iterdir()]
+    assert sum(files) == pytest.approx(checkpoint_bytes(training.engine.model, training.optimizer), rel=0.1)
 
 
 @pytest.mark.parametrize("numbers", [1_000, 100_000])  # torch fails while it writes, or Python when it closes the file
@@ -239,7 +278,8 @@ def test_other_errors_of_torch_are_not_taken_for_a_full_disk() -> None:
 
 
 @pytest.mark.slow
-def test_command_ends_with_one_sentence(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [200_000, 700_000])  # the adapter has 524 kB, the optimizer's state twice that
+def test_command_ends_with_one_sentence(limit: int, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     options = {
         "--model_name_or_path": model_folder, "--dataset": pairs_file, "--output_dir": tmp_path / "run",
         "--max_steps": 4, "--save_steps": 2, "--gradient_accumulation_steps": 4, "--dtype": "float32",
@@ -247,13 +287,16 @@ def test_command_ends_with_one_sentence(model_folder: Path, pairs_file: Path, tm
     arguments = [str(part) for pair in options.items() for part in pair]
 
     def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     done = subprocess.run(
         [sys.executable, "-m", "qlora_dpo", "train", *arguments], cwd=ROOT, preexec_fn=small_files,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 74, done.stderr
-    assert "checkpoint-2 cannot be written (File too large)" in done.stderr
-    assert "error: checkpoint-4 cannot be written: File too large" in done.stderr and "Traceback" not in done.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert done.returncode == 74 and "Traceback" not in done.stderr, done.stderr
+    steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    if limit == 200_000:
+        assert "error: checkpoint-0 cannot be written: File too large" in done.stderr and steps == []
+    else:
+        assert "checkpoint-2 cannot be written (File too large)" in done.stderr and steps == [1, 2, 3, 4]
+        assert "error: checkpoint-4 cannot be written: File too large" in done.stderr

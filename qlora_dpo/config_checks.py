@@ -1,0 +1,150 @@
+"""From flat options to a checked configuration: what cannot work, and what would be ignored, is refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+from qlora_dpo.config import TRAIN_GROUPS, PlanOptions, TrainConfig, uses_4bit
+from qlora_dpo.errors import UsageError
+
+
+def train_config(options: dict[str, Any], needs_data: bool = True) -> TrainConfig:
+    """Build a checked `TrainConfig` from flat options.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    groups = {
+        name: group(**{option.name: options[option.name] for option in fields(group) if option.name in options})
+        for name, group in TRAIN_GROUPS.items()
+    }
+    config = TrainConfig(**groups)
+    problems = [*_impossible(config, needs_data), *_unknown_names(config), *_ignored(config)]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return config
+
+
+def plan_config(options: dict[str, Any]) -> tuple[TrainConfig, PlanOptions]:
+    """Build the checked options of `plan`: those of the run, whose --dataset may be left out, and its own.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    if options["model_name_or_path"] is None:
+        raise UsageError("plan needs --model_name_or_path: name a local model folder or a Hub id.")
+    own = PlanOptions(**{option.name: options[option.name] for option in fields(PlanOptions)})
+    for option in fields(own):
+        value = getattr(own, option.name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{option.name} {value}: must be above 0.")
+    config = train_config(options, needs_data=False)
+    if config.data.dataset is None and own.gpu_price_per_hour is not None:
+        raise UsageError("--gpu_price_per_hour would be ignored: without --dataset there are no hours to pay for.")
+    if config.model.use_cpu and own.gpu_memory is not None:
+        raise UsageError("--gpu_memory would be ignored: --use_cpu plans for the CPU. Leave one of them out.")
+    return config, own
+
+
+def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
+    """Options whose values cannot work, one sentence each."""
+    model, data, training = config.model, config.data, config.training
+    problems = [
+        f"--{name} {value}: must be above 0."
+        for name, value in config.items()
+        if name in _POSITIVE and value is not None and value <= 0
+    ]
+    if model.model_name_or_path is None and data.dataset is not None:
+        problems.append("--dataset needs --model_name_or_path: name a local model folder or a Hub id.")
+    if data.dataset is None and model.model_name_or_path is not None and needs_data:
+        problems.append("--model_name_or_path needs --dataset: name a file, a folder or a Hub id of pairs.")
+    if data.max_prompt_length >= data.max_length:
+        problems.append(
+            f"--max_prompt_length {data.max_prompt_length} leaves no room for an answer within --max_length "
+            f"{data.max_length}: make it smaller."
+        )
+    if not 0 <= data.eval_fraction < 1:
+        problems.append(f"--eval_fraction {data.eval_fraction}: must be at least 0 and below 1.")
+    if not 0 <= config.lora.lora_dropout < 1:
+        problems.append(f"--lora_dropout {config.lora.lora_dropout}: must be at least 0 and below 1.")
+    if not 0 <= training.warmup_ratio <= 1:
+        problems.append(f"--warmup_ratio {training.warmup_ratio}: must be between 0 and 1.")
+    if training.save_total_limit < 2:
+        problems.append(
+            f"--save_total_limit {training.save_total_limit}: must be at least 2, so that one damaged checkpoint does "
+            "not lose the run."
+        )
+    if training.save_minutes < 0:
+        problems.append(f"--save_minutes {training.save_minutes}: must be at least 0 (0 saves by --save_steps alone).")
+    revision = model.model_revision or ""
+    if model.trust_remote_code and not (len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)):
+        problems.append(
+            "--trust_remote_code runs the model author's Python here: pin what you have read with "
+            "--model_revision and its full 40-digit commit hash."
+        )
+    return problems
+
+
+_POSITIVE = {
+    "lora_r", "lora_alpha", "max_length", "max_prompt_length", "max_train_samples", "max_eval_samples", "beta",
+    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_tokens_per_microbatch", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "max_new_tokens",
+}  # fmt: skip
+
+
+def _unknown_names(config: TrainConfig) -> list[str]:
+    """Names in --report_to and --allow_changed that stand for nothing."""
+    training, options = config.training, dict(config.items())
+    mirrors = sorted(set(training.report_to) - {"wandb", "tensorboard", "none"})
+    problems = [f"--report_to {' '.join(mirrors)}: known are wandb, tensorboard, none."] if mirrors else []
+    for name in training.allow_changed:
+        if name not in options:
+            problems.append(f"--allow_changed {name}: there is no such option{nearest(name, options)}.")
+    return problems
+
+
+def _ignored(config: TrainConfig) -> list[str]:
+    """Options that differ from their default although this run would not read them."""
+    model, data, training = config.model, config.data, config.training
+    unread: list[tuple[str, bool, str]] = [
+        ("bnb_4bit_quant_type", not uses_4bit(model), "the base is not quantized to 4 bit"),
+        ("bnb_4bit_use_double_quant", not uses_4bit(model), "the base is not quantized to 4 bit"),
+        ("eval_split", data.eval_dataset is not None, "--eval_dataset is given"),
+        ("eval_fraction", data.eval_dataset is not None, "--eval_dataset is given"),
+        ("eval_fraction", data.eval_split is not None, "--eval_split is given"),
+        ("num_train_epochs", training.max_steps > 0, "--max_steps is given"),
+        ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
+        *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
+          for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")),
+        ("allow_changed", training.fresh, "--fresh starts anew, with any options"),
+        ("max_new_tokens", not training.sample_generate and not config.is_demo, "--sample_generate is off"),
+        *((name, config.is_demo, "the embedded demo brings its own pairs; name --model_name_or_path and --dataset")
+          for name in _OF_REAL_TRAINING),
+    ]  # fmt: skip
+    values, defaults = dict(config.items()), dict(TrainConfig().items())
+    return [
+        f"--{name} {_shown(values[name])} would be ignored: {reason}."
+        for name, is_unread, reason in unread
+        if is_unread and values[name] != defaults[name]
+    ]
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+_OF_REAL_TRAINING = (
+    "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision", "eval_dataset",
+    "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "prompt_template",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
+    """`; the nearest is X`, or nothing where no known name is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; the nearest is {prefix}{found[0]}" if found else ""

@@ -1,0 +1,189 @@
+"""The chaos suite: what it counts is right, its reduced form passes, and each row fails when its promise is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.chaos.__main__ import ROWS, main, parse_arguments, table
+from benchmarks.chaos.bench import Row
+from benchmarks.chaos.breakages import BREAKAGES
+from benchmarks.chaos.fuzzing import KINDS, mutated
+from benchmarks.chaos.signals import Stop
+from benchmarks.chaos.watching import Crash, Trace, read_trace
+from benchmarks.chaos.workload import Outcome, adapter_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKEN_BY = {
+    "no-verification": "corruption",
+    "no-random-states": "kill",
+    "saves-in-place": "crash_points",
+    "deaf": "signals",
+    "dies-without-room": "full_disk",
+    "trusts-rows": "fuzz",
+}
+
+
+def test_a_row_passes_when_every_trial_does_and_a_control_when_one_does_not() -> None:
+    row, control = Row("a", ""), Row("b", "", needs_failures=True)
+    assert row.verdict == control.verdict == "FAILED"  # nothing was tried
+    for each in (row, control):
+        each.add([], "first")
+    assert (row.verdict, control.verdict) == ("passed", "FAILED")
+    for each in (row, control):
+        each.add(["wrong"], "second")
+    assert (row.verdict, control.verdict) == ("FAILED", "passed")
+    assert row.failures == ["second: wrong"]
+
+
+def test_digest_is_of_tensors_and_not_of_their_order(tmp_path: Path) -> None:
+    one, two = torch.arange(6.0), torch.ones(2, 3)
+    save_file({"x": one, "y": two}, tmp_path / "a", metadata={"format": "pt"})
+    save_file({"y": two, "x": one}, tmp_path / "b")
+    save_file({"x": one, "y": two.T.contiguous()}, tmp_path / "c")
+    one[3] = torch.nextafter(one[3], torch.tensor(9.0))
+    save_file({"x": one, "y": two}, tmp_path / "d")
+    digests = [adapter_digest(tmp_path / name) for name in "abcd"]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_outcomes_differ_by_a_bit_a_step_or_a_number() -> None:
+    expected = Outcome("a", [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    assert expected.differences(expected) == []
+    assert Outcome("b", expected.record).differences(expected) == ["the adapter is not bit-identical"]
+    assert Outcome("a", expected.record[:1]).differences(expected) == ["metrics.jsonl has the steps [1]"]
+    twice = Outcome("a", [*expected.record, expected.record[-1]])
+    assert twice.differences(expected) == ["metrics.jsonl has the steps [1, 2, 2]"]
+    other = Outcome("a", [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.2500001}])
+    assert other.differences(expected) == ["step 2 differs in loss"]
+
+
+def in_a_fork(prepare: Callable[[], None], act: Callable[[], None]) -> int:
+    """The exit status of a child that watches itself."""
+    pid = os.fork()
+    if pid == 0:
+        prepare()
+        act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_every_change_of_the_folder_is_seen_and_can_be_the_last(tmp_path: Path) -> None:
+    import shutil
+
+    folder, names = tmp_path / "run", ["a", "b"]
+
+    def act() -> None:
+        folder.mkdir()
+        (folder / "staging").mkdir()
+        for name in names:
+            (folder / "staging" / name).write_text(name)
+        (folder / "staging" / "a").read_text()  # changes nothing
+        (folder / "staging").rename(folder / "final")
+        (tmp_path / "elsewhere").write_text("")
+        shutil.rmtree(folder / "final")
+
+    assert in_a_fork(Trace(folder, tmp_path / "trace"), act) == 0
+    events = read_trace(tmp_path / "trace")
+    assert [(event.name, event.path) for event in events[:4]] == [
+        ("os.mkdir", "staging"), ("open", "staging/a"), ("open", "staging/b"), ("os.rename", "final"),
+    ]  # fmt: skip
+    assert [event.name for event in events[4:]] == ["shutil.rmtree", "os.remove", "os.remove", "os.rmdir"]
+    assert {event.path for event in events[4:]} == {"final", "final/a", "final/b"}
+
+    shutil.rmtree(folder)
+    assert in_a_fork(Crash(folder, 3), act) == -9
+    assert [path.name for path in (folder / "staging").iterdir()] == ["a"]
+    shutil.rmtree(folder)
+    assert in_a_fork(Crash(folder, 3, torn=True), act) == -9
+    assert (folder / "staging" / "b").read_bytes().startswith(b'{"step"')
+
+
+STOPPED = Stop(signal.SIGTERM, 0.5, 75, "", had_begun=True, had_finished=False, steps=3)
+WRITTEN = "error: SIGTERM at step 4: checkpoint-3 is written; the same command continues."
+CTRL_C = "Stopped by Ctrl-C; the same command starts again where it can."
+
+
+@pytest.mark.parametrize(
+    ("stop", "problems"),
+    [
+        (replace(STOPPED, said=WRITTEN), 0),
+        (replace(STOPPED, said="Stopped by SIGTERM: nothing was lost; the same command starts again."), 0),
+        (replace(STOPPED, code=0, steps=11), 0),
+        (replace(STOPPED, code=0, steps=10), 1),  # it heard nothing
+        (replace(STOPPED, said="error: SIGTERM"), 1),
+        (replace(STOPPED, said=WRITTEN, seconds=2.5), 1),
+        (replace(STOPPED, code=-15), 1),
+        (replace(STOPPED, code=-15, had_begun=False), 0),
+        (replace(STOPPED, code=-15, had_finished=True), 0),
+        (replace(STOPPED, code=130, said=CTRL_C), 1),
+        (replace(STOPPED, code=130, said=CTRL_C, signal=signal.SIGINT), 0),
+        (replace(STOPPED, code=1, seconds=2.5, said="Traceback (most recent call last):\n"), 3),
+    ],
+)
+def test_what_a_stop_promises(stop: Stop, problems: int) -> None:
+    assert len(stop.broken()) == problems, stop.broken()
+
+
+def test_mutations_repeat_with_their_seed_and_differ_without() -> None:
+    import random
+
+    for kind in KINDS:
+        contents = [mutated(kind, random.Random(number)) for number in range(20)]
+        assert contents == [mutated(kind, random.Random(number)) for number in range(20)]
+        assert len(set(contents)) > 15
+
+
+def test_measured_results_are_replaced_by_whole_runs_only() -> None:
+    assert parse_arguments([]).output is not None
+    assert parse_arguments(["--chaos", "200"]).counts.signals == 400
+    for less in (["--reduced"], ["--only", "fuzz"], ["--chaos", "3"], ["--break", "deaf"]):
+        assert parse_arguments(less).output is None
+
+
+def test_every_row_is_broken_by_something() -> None:
+    assert BROKEN_BY.keys() == BREAKAGES.keys()
+    assert set(BROKEN_BY.values()) == ROWS.keys() - {"control"}
+
+
+def chaos(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.chaos", *map(str, options)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_reduced_form_keeps_every_promise(tmp_path: Path) -> None:
+    done = chaos("--reduced", "--seed", "1", "--output", tmp_path)
+    results: dict[str, Any] = json.loads((tmp_path / "chaos.json").read_text())
+    assert {row["verdict"] for row in results["rows"]} <= {"passed", "not possible here"}, done.stderr
+    assert done.returncode == 0
+    assert (tmp_path / "chaos.md").read_text() == table(results)
+    assert "seed 1" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breakage", BROKEN_BY)
+def test_row_fails_when_its_promise_is_broken(breakage: str) -> None:
+    done = chaos("--reduced", "--only", BROKEN_BY[breakage], "--break", breakage)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED" in done.stdout and f"broken on purpose: {breakage}" in done.stdout
+
+
+def test_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "kills"])
+    assert "invalid choice" in capsys.readouterr().err
