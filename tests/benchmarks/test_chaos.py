@@ -27,8 +27,6 @@ from benchmarks.chaos.workload import Outcome, adapter_digest
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN_BY = {
     "no-verification": "corruption",
-    "no-random-states": "kill",
-    "saves-in-place": "crash_points",
     "deaf": "signals",
     "dies-without-room": "full_disk",
     "trusts-rows": "fuzz",

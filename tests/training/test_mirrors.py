@@ -200,6 +200,7 @@ print("service", pid, flush=True)
 def run_script(folder: Path, meanwhile: str, **environment: str) -> tuple[dict[str, float], float, str]:
     """Seconds by what took them, seconds of the whole process after finishing, stderr."""
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | environment
+    environment.pop("WANDB_SERVICE", None)  # of a wandb that another test started in this process
     command = [sys.executable, "-c", SCRIPT % meanwhile, str(folder)]
     # Files, not pipes: a service that outlives its process would keep those open
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import re
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def test_33b_from_a_config_alone_is_quick_and_small(folder_33b: Path, tmp_path: 
     assert process.returncode == 0, text
     # Processor time, not wall time: the machine may be busy. On an idle one it is about 7 seconds, most of it imports.
     assert usage.ru_utime + usage.ru_stime < 30
-    assert usage.ru_maxrss * 1024 < 1e9
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 1e9:  # a child's peak starts at its parent's
+        assert usage.ru_maxrss * 1024 < 1e9
     gib = 2**30 / 1e9
     assert row(text, "quantized weights") * gib == pytest.approx(16.56, abs=0.01)
     assert row(text, "other weights") * gib == pytest.approx(0.85, abs=0.01)

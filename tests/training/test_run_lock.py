@@ -95,7 +95,7 @@ def test_damaged_lock_file_is_no_obstacle(content: str, tmp_path: Path) -> None:
 def test_lock_does_not_live_on_in_a_forked_child(tmp_path: Path) -> None:
     """As a worker that outlives a killed run would."""
     with other_process(tmp_path, before="import os", within="child = os.fork() or (time.sleep(20), os._exit(0))"):
-        pass  # only the parent is killed
+        time.sleep(1)  # the child has been forked by then, and lives for 20 seconds; only the parent is killed
     with locked(tmp_path):
         assert holder(tmp_path)["pid"] == os.getpid()
 
