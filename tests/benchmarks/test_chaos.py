@@ -164,6 +164,7 @@ def chaos(*options: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("QLORA_DPO_CHAOS"), reason="set QLORA_DPO_CHAOS=1: it takes minutes")
 def test_reduced_form_keeps_every_promise(tmp_path: Path) -> None:
     done = chaos("--reduced", "--seed", "1", "--output", tmp_path)
     results: dict[str, Any] = json.loads((tmp_path / "chaos.json").read_text())
