@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options, with the counts that they amount to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--chaos", type=int, metavar="N", help="kills, and half as many as signals; default 50")
+    parser.add_argument(
+        "--chaos", type=int, metavar="N", help="kills, half as many as signals; with --reduced crash points too"
+    )
     parser.add_argument("--reduced", action="store_true", help="a few of each")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0)
@@ -106,7 +108,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.counts = REDUCED if options.reduced else Counts()
     if options.chaos is not None:
-        options.counts = replace(options.counts, kills=options.chaos, signals=2 * options.chaos)
+        points = options.counts.crash_points and options.chaos
+        options.counts = replace(options.counts, kills=options.chaos, signals=2 * options.chaos, crash_points=points)
     is_whole = not (options.reduced or options.only or options.breakage) and options.counts.kills >= Counts.kills
     if options.output is None and is_whole:
         options.output = RESULTS

@@ -203,10 +203,9 @@ def _parquet(rows: list[Pair]) -> bytes:
 
     buffer = io.BytesIO()
     try:
-        table = pa.Table.from_pylist(rows)
+        pq.write_table(pa.Table.from_pylist(rows), buffer)
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
-    pq.write_table(table, buffer)
     return buffer.getvalue()
 
 

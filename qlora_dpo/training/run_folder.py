@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from qlora_dpo.training.run_lock import LOCK, locked
 CONFIG, STATUS, METRICS, CURVES, CARD, SAMPLES = (
     "config.yaml", "run.json", "metrics.jsonl", "training_curves.png", "README.md", "samples.jsonl"
 )  # fmt: skip
+_STAGED = re.compile(r"\..+\.\d+\.tmp")  # what a kill within `write_atomically` leaves
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise StorageError(f"--output_dir {path} is a file. Name a folder.")
     is_run = (path / CONFIG).is_file()
-    if path.is_dir() and not is_run and any(child.name != LOCK for child in path.iterdir()):
+    if path.is_dir() and not is_run and any(child.name != LOCK and not _is_staged(child) for child in path.iterdir()):
         raise UsageError(f"--output_dir {path} holds files but no run of this tool. Name an empty or new folder.")
 
 
@@ -213,6 +215,10 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _config_text(options: dict[str, Any]) -> str:
     settings = {name: value for name, value in options.items() if name not in ONE_TIME}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _is_staged(path: Path) -> bool:
+    return _STAGED.fullmatch(path.name) is not None
 
 
 def write_atomically(path: Path, text: str) -> None:
