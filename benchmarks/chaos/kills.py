@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.chaos.bench import Bench, Row, log_of, newest_checkpoint, steps_recorded
 from benchmarks.chaos.victims import Prepare
 from benchmarks.chaos.watching import Crash, Event, Trace, read_trace
 from benchmarks.chaos.workload import SAVE_STEPS, STEPS
 
+Item = TypeVar("Item")
 REPEATED_EVERY = 4  # trials one is killed several times before it may finish
 
 
@@ -66,11 +69,17 @@ def crash_rows(bench: Bench, most: int | None) -> list[Row]:
     for name, template, where, events in tries:
         points = [(event, torn) for event in events for torn in (False, True) if event.is_write or not torn]
         row = Row(f"crash points: {name}", f"Killed at every change of the folder ({where}): as above.")
-        for event, torn in sorted(rng.sample(points, most), key=lambda point: point[0].number) if most else points:
+        for event, torn in spread(points, most, rng) if most else points:
             crash(bench, row, template, event, torn)
         row.worst = f"{row.trials} of {len(points)} points; {sum(torn for _, torn in points)} leave half a file"
         rows.append(row)
     return rows
+
+
+def spread(points: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
+    """That many of the points, equally far from each other."""
+    distance = len(points) / count
+    return [points[int((number + offset) * distance)] for offset in [rng.random()] for number in range(count)]
 
 
 def crash(bench: Bench, row: Row, template: Path | None, event: Event, torn: bool) -> None:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BROKEN_BY: dict[str, tuple[str, ...]] = {
     "no-verification": ("corruption",),
     "no-random-states": ("kill", "--chaos", "6"),
-    "saves-in-place": ("crash_points", "--chaos", "6"),
+    "saves-in-place": ("crash_points", "--chaos", "9"),
     "deaf": ("signals",),
     "dies-without-room": ("full_disk",),
     "trusts-rows": ("fuzz",),
