@@ -70,7 +70,7 @@ def load_policy(task: Task) -> Any:
     """The quantized base with the fresh LoRA adapter from which every program starts."""
     import torch
 
-    from qlora_dpo.config import ModelOptions, quantization_of
+    from qlora_dpo.config.training import ModelOptions, quantization_of
     from qlora_dpo.models.loading import load_base
     from qlora_dpo.models.lora import add_adapter
 

@@ -28,7 +28,7 @@ import sys, time, resource
 from qlora_dpo.environment import prepare_process
 prepare_process()
 import torch
-from qlora_dpo.config import ModelOptions, quantization_of
+from qlora_dpo.config.training import ModelOptions, quantization_of
 from qlora_dpo.models.loading import load_base
 started = time.perf_counter()
 model = load_base(sys.argv[1], device=torch.device("cpu"), quantization=quantization_of(ModelOptions()))

@@ -1,97 +1,33 @@
-"""The table of commands, and how a command line becomes their options."""
+"""The table of commands."""
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
 
-from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, Names, Numbers, PlanOptions, TrainConfig
-from qlora_dpo.config_checks import nearest, plan_config, train_config
-from qlora_dpo.environment import prepare_process
-from qlora_dpo.errors import Interrupted, QloraDpoError, UsageError
-from qlora_dpo.redaction import redacted, refuse_secrets
-from qlora_dpo.training.signals import Terminated, terminable
-
-NO_FLOAT16 = "float16 is not offered: its range ends at 65504, so DPO gradients overflow"
-RENAMED = {
-    "source_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
-    "target_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
-    "bits": "--load_in_4bit or --load_in_8bit",
-    "double_quant": "--bnb_4bit_use_double_quant",
-    "quant_type": "--bnb_4bit_quant_type",
-    "gradient_checkpointing": "--activation_checkpointing auto|none|selective|full|offload",
-    "bf16": "--dtype bfloat16",
-    "fp16": f"--dtype bfloat16 ({NO_FLOAT16})",
-    "torch_dtype": "--dtype",
-    "bnb_4bit_compute_dtype": f"--dtype, which sets it too ({NO_FLOAT16})",
-    "resume_from_checkpoint": "nothing: the same command again continues by itself; --fresh starts anew",
-    "ref_model": "--reference_model",
-    "dataset_name": "--dataset",
-}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A row of the table: what it does, its option groups, how flat options become its argument, and what runs."""
-
-    summary: str
-    options: tuple[type, ...]
-    build: Callable[[dict[str, Any]], Any]
-    run: Callable[[Any], None]
-
-
-def _train(config: TrainConfig) -> None:
-    if config.is_demo:
-        from qlora_dpo.demo.run import run_demo
-
-        run_demo(config)
-    else:
-        from qlora_dpo.training.train import train
-
-        train(config)
-
-
-def _plan(options: tuple[TrainConfig, PlanOptions]) -> None:
-    from qlora_dpo.training.plan import plan
-
-    plan(*options)
-
-
-def _merge(options: MergeOptions) -> None:
-    from qlora_dpo.release.merge import merge
-
-    merge(options)
-
-
-def _env(_options: dict[str, Any]) -> None:
-    from qlora_dpo.environment import print_description
-
-    print_description()
-
+from qlora_dpo.command_line import Command, run_commands
+from qlora_dpo.config.checks import plan_config, train_config
+from qlora_dpo.config.release import MergeOptions
+from qlora_dpo.config.training import TRAIN_GROUPS, PlanOptions
+from qlora_dpo.training.signals import terminable
 
 COMMANDS = {
     "train": Command(
         "Align a model with DPO: quantize, train a LoRA adapter, show before and after. No arguments: the demo.",
         tuple(TRAIN_GROUPS.values()),
-        train_config,
-        _train,
+        "qlora_dpo.demo.run:run_training",
+        lambda options: (train_config(options),),
     ),
     "plan": Command(
         "Say where each GB goes, how long it takes and what it costs, before anything is loaded.",
         (*TRAIN_GROUPS.values(), PlanOptions),
+        "qlora_dpo.training.plan:plan",
         plan_config,
-        _plan,
     ),
     "merge": Command(
-        "Merge an adapter into a plain 16-bit model folder.",
-        (MergeOptions,),
-        lambda options: MergeOptions(**options),
-        _merge,
+        "Merge an adapter into a plain 16-bit model folder.", (MergeOptions,), "qlora_dpo.release.merge:merge"
     ),
-    "env": Command("Print versions and devices, for a bug report.", (), dict, _env),
+    "env": Command("Print versions and devices, for a bug report.", (), "qlora_dpo.environment:print_description"),
 }
 
 
@@ -99,109 +35,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one clear text on stderr, no traceback."""
     with terminable():
         return run_commands("qlora_dpo", COMMANDS, sys.argv[1:] if argv is None else list(argv))
-
-
-def run_commands(program: str, commands: dict[str, Command], argv: list[str]) -> int:
-    """Find the command in the table, read its options, call its function."""
-    if not argv or argv[0] in {"-h", "--help"}:
-        print(_overview(program, commands))
-        return 0 if argv else UsageError.exit_code
-    try:
-        command = commands.get(argv[0])
-        if command is None:
-            raise UsageError(
-                f"{argv[0]!r} is not a command{nearest(argv[0], commands)}.\n" + _overview(program, commands)
-            )
-        options = parse(f"{program} {argv[0]}", command, argv[1:])
-        refuse_secrets(options)
-        prepare_process()
-        command.run(command.build(options))
-        return 0
-    except QloraDpoError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        return error.exit_code
-    # Outside the training loop, which answers signals itself with a checkpoint; or Ctrl-C for the second time.
-    except KeyboardInterrupt:
-        print("Stopped by Ctrl-C; the same command starts again where it can.", file=sys.stderr)
-        return 130
-    except Terminated as signal:
-        print(f"Stopped by {signal}: nothing was lost; the same command starts again where it can.", file=sys.stderr)
-        return Interrupted.exit_code
-
-
-def _overview(program: str, commands: dict[str, Command]) -> str:
-    rows = "\n".join(f"  {name:10} {command.summary}" for name, command in commands.items())
-    usage = f"usage: python -m {program} COMMAND [options]"
-    return f"{usage}\n\n{rows}\n\npython -m {program} COMMAND --help lists the options."
-
-
-def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:
-    """The command's options as a flat dict: defaults, then --config YAML, then the command line.
-
-    Raises:
-        UsageError: naming the option, and the nearest known one when it is unknown.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-    from jsonargparse.typing import register_type
-
-    for kind in (Names, Numbers):
-        register_type(kind, serializer=list, deserializer=kind, fail_already_registered=False)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=f"python -m {program}", description=command.summary, parser_mode="omegaconf", exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line wins.")
-    for group in command.options:
-        parser.add_class_arguments(group)
-    kinds = {option.name: str(option.type) for group in command.options for option in fields(group)}
-    _refuse_unknown_flags(argv, [*kinds, "config", "help", "print_config"])
-    try:
-        options = parser.parse_args(_join_values(argv, kinds)).as_dict()
-    except ArgumentError as error:
-        raise UsageError(_plain_words(str(error), kinds)) from error
-    return {name: options[name] for name in kinds}
-
-
-def _refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
-    for argument in argv:
-        name = argument.removeprefix("--").split("=")[0]
-        if not argument.startswith("--") or name in known:
-            continue
-        if name in RENAMED:
-            raise UsageError(f"--{name} is not an option of this tool: use {RENAMED[name]}.")
-        raise UsageError(f"--{name} is not an option{nearest(name, known, '--')}. --help lists them all.")
-
-
-def _join_values(argv: list[str], kinds: dict[str, str]) -> list[str]:
-    """Let a switch stand alone (`--fresh`) and a list be written with spaces (`--report_to wandb tensorboard`)."""
-    joined: list[str] = []
-    position = 0
-    while position < len(argv):
-        flag = argv[position]
-        values = []
-        while position + 1 < len(argv) and not argv[position + 1].startswith("--"):
-            position += 1
-            values.append(argv[position])
-        position += 1
-        kind = kinds.get(flag.removeprefix("--"), "")
-        if kind == "bool" and not values:
-            values = ["true"]
-        if kind in {"Names", "Numbers"} and values:
-            values = [",".join(values)]
-        joined += [f"{flag}={values[0]}", *values[1:]] if values and flag.startswith("--") else [flag, *values]
-    return joined
-
-
-def _plain_words(message: str, known: dict[str, str]) -> str:
-    """The parser's message in the words of this tool."""
-    unknown = re.search(r"Option '([^']+)' is not accepted", message)
-    if unknown:
-        name = unknown[1]
-        if name in RENAMED:
-            return f"{name} (in --config) is not an option of this tool: use {RENAMED[name]}."
-        return f"{name} (in --config) is not an option{nearest(name, list(known))}."
-    asked = re.search(r'"dtype".*Got value: ((?:torch\.)?(?:float16|fp16|half))\b', message, re.DOTALL)
-    if asked and "'float16'" not in message:  # merge stores it, training does not compute in it
-        return f"--dtype {asked[1]}: {NO_FLOAT16}. Use bfloat16 (the default) or float32."
-    message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
-    return re.sub(r"<class '([^']+)'>", r"\1", message)

@@ -82,7 +82,8 @@ def test_unknown_yaml_key_names_the_nearest(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_yaml_reads_the_environment_and_the_command_line_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_dpo.cli import COMMANDS, parse
+    from qlora_dpo.cli import COMMANDS
+    from qlora_dpo.command_line import parse
 
     (tmp_path / "recipe.yaml").write_text("beta: ${oc.env:MY_BETA,0.3}\nlora_r: 8\nloss_type: [sigmoid, sft]\n")
     arguments = ["--config", str(tmp_path / "recipe.yaml"), "--lora_r", "4"]

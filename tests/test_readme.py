@@ -84,11 +84,11 @@ def test_links_and_named_paths_exist(path: Path) -> None:
 def test_flags_named_in_the_documents_exist() -> None:
     from dataclasses import fields
 
-    from eval.options import AppOptions
-    from qlora_dpo.config import TRAIN_GROUPS, MergeOptions, PlanOptions
+    from eval.cli import COMMANDS as EVAL_COMMANDS
+    from qlora_dpo.cli import COMMANDS
 
-    groups = [*TRAIN_GROUPS.values(), PlanOptions, MergeOptions, AppOptions]
-    known = {option.name for group in groups for option in fields(group)}
+    commands = (COMMANDS | EVAL_COMMANDS).values()
+    known = {option.name for command in commands for group in command.options for option in fields(group)}
     known |= {"help", "config", "quick", "strict", "chaos", "only", "reduced", "break"}
     for path in [*READMES, *(ROOT / "docs").glob("*.md")]:
         for flag in re.findall(r"(?<![\w-])--([a-z_0-9]+)", path.read_text(encoding="utf-8")):

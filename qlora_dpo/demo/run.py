@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qlora_dpo.config import TrainConfig, TrainingOptions, quantization_of
+from qlora_dpo.config.training import TrainConfig, TrainingOptions, quantization_of
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.demo.world import Question, held_out_questions, is_explained, states_fact, training_questions
 from qlora_dpo.models.generation import generate
@@ -23,7 +23,7 @@ from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import add_adapter
 from qlora_dpo.training.run_folder import RunFolder, write_atomically
 from qlora_dpo.training.tracking import read_metrics
-from qlora_dpo.training.train import Trained, open_run, pair_tokenizer, train_in
+from qlora_dpo.training.train import Trained, open_run, pair_tokenizer, train, train_in
 from qlora_dpo.training.trained_on import load_trained
 
 BASE = Path(__file__).parent / "base"
@@ -56,6 +56,14 @@ class Answered:
     question: Question
     before: str
     after: str
+
+
+def run_training(config: TrainConfig) -> None:
+    """The `train` command: the demo where neither a model nor data is named."""
+    if config.is_demo:
+        run_demo(config)
+    else:
+        train(config)
 
 
 def run_demo(config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_dpo.config import MergeOptions
+from qlora_dpo.config.release import MergeOptions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.loading import load_base, model_on_meta
 from qlora_dpo.models.lora import POLICY, check_adapter_folder, load_adapter

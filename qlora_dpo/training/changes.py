@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.config import DataOptions, TrainConfig
+from qlora_dpo.config.training import DataOptions, TrainConfig
 from qlora_dpo.errors import UsageError
 
 # What is asked for once and is no setting of the run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from qlora_dpo.config import TrainConfig
+from qlora_dpo.config.training import TrainConfig
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.loading import load_config
 from qlora_dpo.training.data import TrainingData

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from qlora_dpo.config import DataOptions
+from qlora_dpo.config.training import DataOptions
 from qlora_dpo.data.dataset import PairDataset, load_preference_dataset, split_by_prompt
 from qlora_dpo.data.tokenization import TokenizedPair
 from qlora_dpo.errors import DataError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qlora_dpo.config import TrainConfig, quantization_of
+from qlora_dpo.config.training import TrainConfig, quantization_of
 from qlora_dpo.data.packing import LayoutKind
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import Level, decoder_layers

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qlora_dpo.config import TrainingOptions
+from qlora_dpo.config.training import TrainingOptions
 from qlora_dpo.errors import Interrupted, TrainingError
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.training.checkpoints import rng_states

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_dpo.config import PlanOptions, TrainConfig, quantization_of, uses_4bit
+from qlora_dpo.config.training import PlanOptions, TrainConfig, quantization_of, uses_4bit
 from qlora_dpo.data.packing import LayoutKind
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import Level

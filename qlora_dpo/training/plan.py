@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_dpo.config import PlanOptions, TrainConfig, uses_4bit
+from qlora_dpo.config.training import PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import ResourceError
 from qlora_dpo.models.skeleton import Skeleton
 from qlora_dpo.training.data import TrainingData, load_training_data

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_dpo import __version__
-from qlora_dpo.config import TrainConfig, quantization_of
+from qlora_dpo.config.training import TrainConfig, quantization_of
 from qlora_dpo.data.templates import apply_prompt_template
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.environment import describe

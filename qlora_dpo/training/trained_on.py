@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from qlora_dpo.config import ModelOptions, quantization_of
+from qlora_dpo.config.training import ModelOptions, quantization_of
 from qlora_dpo.errors import UsageError
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder, load_adapter

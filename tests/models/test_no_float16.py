@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer, with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_dpo.cli import main
-from qlora_dpo.config import ModelOptions, TrainConfig, quantization_of
+from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import load_adapter, save_adapter
 from qlora_dpo.training.train import load_policy

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora_dpo.config import TrainingOptions
+from qlora_dpo.config.training import TrainingOptions
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.models.scoring import Scorer, choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective

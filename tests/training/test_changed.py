@@ -147,7 +147,7 @@ def test_option_that_an_older_version_did_not_have_had_its_default(tmp_path: Pat
 
 
 def test_tables_name_options() -> None:
-    from qlora_dpo.config import TrainConfig
+    from qlora_dpo.config.training import TrainConfig
 
     known = TrainConfig().flat().keys()
     assert known >= FREE | FIXED | CONTENT.keys() and all(known >= names for names in CONTENT.values())
@@ -341,7 +341,7 @@ def test_moved_base_needs_permission_but_is_the_same_base(
 def test_content_names_the_reference_adapter_too(model: Path, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from qlora_dpo.config import ModelOptions, TrainConfig
+    from qlora_dpo.config.training import ModelOptions, TrainConfig
     from qlora_dpo.models.lora import save_adapter
 
     adapter = tmp_path / "sft"

@@ -12,8 +12,8 @@ import torch
 from tiny import random_pairs, tiny_model, with_lora
 
 from qlora_dpo.cli import main
-from qlora_dpo.config import TrainConfig
-from qlora_dpo.config_checks import train_config
+from qlora_dpo.config.checks import train_config
+from qlora_dpo.config.training import TrainConfig
 from qlora_dpo.data.packing import LayoutKind, batch_cost, cut, pack
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import LEVELS, Level

@@ -232,7 +232,7 @@ def test_cards_are_found_by_the_name_that_the_driver_gives() -> None:
 
 
 def test_memory_of_this_machine_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_dpo.config import ModelOptions, PlanOptions, TrainConfig
+    from qlora_dpo.config.training import ModelOptions, PlanOptions, TrainConfig
 
     monkeypatch.setattr(memory_plan, "available_cpu_memory", lambda: 10 * 2**30)
     machine = memory_plan.machine_of(TrainConfig(model=ModelOptions(use_cpu=True)), PlanOptions())

@@ -16,7 +16,8 @@ import pytest
 from tiny import random_pairs, tiny_model, tiny_tokenizer, with_lora
 from training.runs import make_training
 
-from qlora_dpo.cli import COMMANDS, Command, main
+from qlora_dpo.cli import COMMANDS, main
+from qlora_dpo.command_line import Command
 from qlora_dpo.errors import Interrupted
 from qlora_dpo.training import loop
 from qlora_dpo.training.checkpoints import checkpoints, newest_valid
@@ -241,13 +242,13 @@ def test_hangup_changes_nothing_where_there_is_no_terminal(monkeypatch: pytest.M
 def test_signal_outside_the_loop_is_a_sentence_and_an_exit_code(
     number: int, code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(_options: Any) -> None:
+    def work() -> None:
         try:
             os.kill(os.getpid(), number)
         except Exception as error:
             raise AssertionError("a library would take the signal for its own error") from error
 
-    monkeypatch.setitem(COMMANDS, "env", Command("x", (), dict, work))
+    monkeypatch.setitem(COMMANDS, "env", Command("x", (), work))
     assert main(["env"]) == code
     captured = capsys.readouterr()
     assert says in captured.err and captured.err.count("\n") == 1

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from qlora_dpo.config import TRAIN_GROUPS, PlanOptions, TrainConfig, uses_4bit
+from qlora_dpo.config.training import TRAIN_GROUPS, PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import UsageError
 
 

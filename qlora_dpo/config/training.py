@@ -1,7 +1,7 @@
-"""The options of every command: frozen dataclasses whose help is the docstring under each field.
+"""The options of `train` and `plan`: frozen dataclasses whose help is the docstring under each field.
 
 A name that `transformers.TrainingArguments` or `BitsAndBytesConfig` has keeps its meaning and unit. Only the
-workflow functions (`train`, `merge`, ...) see these objects; everything below them takes plain arguments.
+workflow functions (`train`, `plan`) see these objects; everything below them takes plain arguments.
 """
 
 from __future__ import annotations
@@ -10,24 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-
-class Names(tuple[str, ...]):
-    """A list of names; on the command line `a b` or `a,b`, in YAML a list or one string."""
-
-    def __new__(cls, value: str | list[str] | tuple[str, ...] = ()) -> Names:
-        parts = value.replace(",", " ").split() if isinstance(value, str) else value
-        return super().__new__(cls, (str(part) for part in parts))
-
-
-class Numbers(tuple[float, ...]):
-    """A list of numbers; on the command line `1 0.2` or `1,0.2`, in YAML a list or one number."""
-
-    def __new__(cls, value: str | float | list[float] | tuple[float, ...] = ()) -> Numbers:
-        if isinstance(value, int | float):
-            value = [value]
-        parts = value.replace(",", " ").split() if isinstance(value, str) else value
-        return super().__new__(cls, (float(part) for part in parts))
-
+from qlora_dpo.config.values import Names, Numbers
 
 _ALL_LINEAR, _SIGMOID, _NONE = Names("all-linear"), Names("sigmoid"), Names("none")
 _NO_NAMES, _NO_NUMBERS = Names(), Numbers()
@@ -257,26 +240,6 @@ TRAIN_GROUPS = {
     "loss": LossOptions,
     "training": TrainingOptions,
 }
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """Merge: an adapter and the base it was trained on become one plain model."""
-
-    adapter: Path
-    """A finished run or any PEFT LoRA folder."""
-    output: Path
-    """Folder to write; must be absent or empty."""
-    base: Literal["train", "original"] = "train"
-    """train: the dequantized 4-bit base, which is what was trained. original: the 16-bit base."""
-    base_model: str | None = None
-    """Where the base is now, when it is not where adapter_config.json says."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type in which the merged weights are stored; the sum is formed in float32."""
-    max_shard_size: str = "5GB"
-    """Largest size of one safetensors file."""
-    allow_unfinished: bool = False
-    """Merge a run that has not finished its steps."""
 
 
 def uses_4bit(model: ModelOptions) -> bool:

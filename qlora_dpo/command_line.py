@@ -1,0 +1,195 @@
+"""From a command line to one call: find the command in a table, read its options, run it, say what went wrong.
+
+A command is one word (`train`) or two (`data lint`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from qlora_dpo.config.checks import nearest
+from qlora_dpo.config.values import Names, Numbers
+from qlora_dpo.environment import prepare_process
+from qlora_dpo.errors import Interrupted, QloraDpoError, UsageError
+from qlora_dpo.redaction import redacted, refuse_secrets
+from qlora_dpo.training.signals import Terminated
+
+NO_FLOAT16 = "float16 is not offered: its range ends at 65504, so DPO gradients overflow"
+RENAMED = {
+    "source_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
+    "target_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
+    "bits": "--load_in_4bit or --load_in_8bit",
+    "double_quant": "--bnb_4bit_use_double_quant",
+    "quant_type": "--bnb_4bit_quant_type",
+    "gradient_checkpointing": "--activation_checkpointing auto|none|selective|full|offload",
+    "bf16": "--dtype bfloat16",
+    "fp16": f"--dtype bfloat16 ({NO_FLOAT16})",
+    "torch_dtype": "--dtype",
+    "bnb_4bit_compute_dtype": f"--dtype, which sets it too ({NO_FLOAT16})",
+    "resume_from_checkpoint": "nothing: the same command again continues by itself; --fresh starts anew",
+    "ref_model": "--reference_model",
+    "dataset_name": "--dataset",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table: what it does, its option groups, and the function that runs."""
+
+    summary: str
+    options: tuple[type, ...]
+    run: str | Callable[..., None]
+    """As `module:name` it is imported when it is called, so that `--help` needs no library."""
+    build: Callable[[dict[str, Any]], tuple[Any, ...]] | None = None
+    """The function's arguments, from flat options. Default: an object of each group."""
+    positional: tuple[str, ...] = ()
+    """Options that may be given without their names, in this order: `data lint pairs.jsonl`."""
+
+    def __call__(self, options: dict[str, Any]) -> None:
+        """Run with these flat options."""
+        arguments = self.build(options) if self.build else tuple(_filled(group, options) for group in self.options)
+        function = self.run
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+            function = getattr(import_module(module), name)
+        function(*arguments)
+
+
+def _filled(group: type, options: dict[str, Any]) -> Any:
+    return group(**{option.name: options[option.name] for option in fields(group)})
+
+
+def run_commands(program: str, commands: dict[str, Command], argv: list[str]) -> int:
+    """Find the command in the table, read its options, call its function."""
+    if not argv or argv[0] in {"-h", "--help"}:
+        print(_overview(program, commands))
+        return 0 if argv else UsageError.exit_code
+    try:
+        name = find_command(program, commands, argv)
+        options = parse(f"{program} {name}", commands[name], argv[len(name.split()) :])
+        refuse_secrets(options)
+        prepare_process()
+        commands[name](options)
+        return 0
+    except QloraDpoError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return error.exit_code
+    # Outside the training loop, which answers signals itself with a checkpoint; or Ctrl-C for the second time.
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C; the same command starts again where it can.", file=sys.stderr)
+        return 130
+    except Terminated as signal:
+        print(f"Stopped by {signal}: nothing was lost; the same command starts again where it can.", file=sys.stderr)
+        return Interrupted.exit_code
+
+
+def find_command(program: str, commands: dict[str, Command], argv: Sequence[str]) -> str:
+    """The name of the command that the line begins with.
+
+    Raises:
+        UsageError: there is none of that name; or only the first of its two words is there.
+    """
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in commands:
+            return name
+    given = " ".join(word for word in argv[:2] if not word.startswith("-"))
+    family = {name: command for name, command in commands.items() if name.split()[0] == argv[0]}
+    if family:
+        raise UsageError(f"{given!r} is not a command{nearest(given, family)}.\n" + _overview(program, family))
+    raise UsageError(f"{argv[0]!r} is not a command{nearest(argv[0], commands)}.\n" + _overview(program, commands))
+
+
+def _overview(program: str, commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    rows = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
+    usage = f"usage: python -m {program} COMMAND [options]"
+    return f"{usage}\n\n{rows}\n\npython -m {program} COMMAND --help lists the options."
+
+
+def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:
+    """The command's options as a flat dict: defaults, then --config YAML, then the command line.
+
+    Raises:
+        UsageError: naming the option, and the nearest known one when it is unknown.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse.typing import register_type
+
+    for kind in (Names, Numbers):
+        register_type(kind, serializer=list, deserializer=kind, fail_already_registered=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"python -m {program}", description=command.summary, parser_mode="omegaconf", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of options; the command line wins.")
+    for group in command.options:
+        parser.add_class_arguments(group)
+    kinds = {option.name: str(option.type) for group in command.options for option in fields(group)}
+    argv = _name_positionals(argv, command.positional)
+    _refuse_unknown_flags(argv, [*kinds, "config", "help", "print_config"])
+    try:
+        options = parser.parse_args(_join_values(argv, kinds)).as_dict()
+    except ArgumentError as error:
+        raise UsageError(_plain_words(str(error), kinds)) from error
+    return {name: options[name] for name in kinds}
+
+
+def _name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Put the flag before each value that stands before the first flag."""
+    count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if count > len(names):
+        takes = " ".join(name.upper() for name in names)
+        raise UsageError(f"{argv[len(names)]!r} is not expected here: the command takes {takes or 'flags only'}.")
+    named = [word for name, value in zip(names, argv[:count], strict=False) for word in (f"--{name}", value)]
+    return [*named, *argv[count:]]
+
+
+def _refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
+    for argument in argv:
+        name = argument.removeprefix("--").split("=")[0]
+        if not argument.startswith("--") or name in known:
+            continue
+        if name in RENAMED:
+            raise UsageError(f"--{name} is not an option of this tool: use {RENAMED[name]}.")
+        raise UsageError(f"--{name} is not an option{nearest(name, known, '--')}. --help lists them all.")
+
+
+def _join_values(argv: list[str], kinds: dict[str, str]) -> list[str]:
+    """Let a switch stand alone (`--fresh`) and a list be written with spaces (`--report_to wandb tensorboard`)."""
+    joined: list[str] = []
+    position = 0
+    while position < len(argv):
+        flag = argv[position]
+        values = []
+        while position + 1 < len(argv) and not argv[position + 1].startswith("--"):
+            position += 1
+            values.append(argv[position])
+        position += 1
+        kind = kinds.get(flag.removeprefix("--"), "")
+        if kind == "bool" and not values:
+            values = ["true"]
+        if kind in {"Names", "Numbers"} and values:
+            values = [",".join(values)]
+        joined += [f"{flag}={values[0]}", *values[1:]] if values and flag.startswith("--") else [flag, *values]
+    return joined
+
+
+def _plain_words(message: str, known: dict[str, str]) -> str:
+    """The parser's message in the words of this tool."""
+    unknown = re.search(r"Option '([^']+)' is not accepted", message)
+    if unknown:
+        name = unknown[1]
+        if name in RENAMED:
+            return f"{name} (in --config) is not an option of this tool: use {RENAMED[name]}."
+        return f"{name} (in --config) is not an option{nearest(name, list(known))}."
+    asked = re.search(r'"dtype".*Got value: ((?:torch\.)?(?:float16|fp16|half))\b', message, re.DOTALL)
+    if asked and "'float16'" not in message:  # merge stores it, training does not compute in it
+        return f"--dtype {asked[1]}: {NO_FLOAT16}. Use bfloat16 (the default) or float32."
+    message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
+    return re.sub(r"<class '([^']+)'>", r"\1", message)
