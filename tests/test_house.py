@@ -21,6 +21,7 @@ FLOORS = [
     "errors",
     "redaction",
     "config",
+    "endpoint",
     "environment",
     "objectives",
     "data",
