@@ -3,7 +3,7 @@
 python -m benchmarks.chaos                  everything: results/chaos.{json,md}
 python -m benchmarks.chaos --chaos 200      200 kills and 400 signals
 python -m benchmarks.chaos --reduced        a few of each, in a minute or two; writes nothing unless --output is given
-python -m benchmarks.chaos --only signals   some of the rows
+python -m benchmarks.chaos --only signals   some of the rows; with --output they replace those of an earlier run there
 python -m benchmarks.chaos --only kill --break no-random-states
                                             the tool broken on purpose: the row must fail
 
@@ -56,6 +56,7 @@ class Counts:
     controls: int = 8
 
 
+RESULT = "chaos.json"
 REDUCED = Counts(
     kills=3, signals=5, crash_points=2, corruptions=40, corrupted_runs=1, full_disks=1, fuzzed=300, controls=2
 )
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [row for name in options.only for row in run_row(name, bench, options.counts)]
     results["rows"] = [asdict(row) | {"verdict": row.verdict} for row in rows]
     results["seconds"] = time.perf_counter() - started
+    if options.output and options.only != list(ROWS):
+        results = completed(results, options.output / RESULT)
     print(table(results))
     if options.output:
         write(options.output, results)
@@ -138,12 +141,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def completed(results: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The results with those rows of an earlier run like it that were not run again, where there is one."""
+    earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if any(earlier.get(name) != results[name] for name in ("seed", "counts", "broken", "environment")):
+        return results
+    new = {row["name"]: row for row in results["rows"]}
+    seconds = earlier["seconds"] + results["seconds"]
+    return earlier | {"rows": [new.get(row["name"], row) for row in earlier["rows"]], "seconds": seconds}
+
+
 def write(folder: Path, results: dict[str, Any]) -> None:
     """The results as JSON and as a table beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in results["rows"]:
         row["failures"] = row["failures"][:MOST_FAILURES]
-    (folder / "chaos.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / RESULT).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (folder / "chaos.md").write_text(table(results), encoding="utf-8")
 
 

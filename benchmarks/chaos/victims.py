@@ -88,6 +88,7 @@ def spawn(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -
         process = subprocess.Popen(
             [sys.executable, "-m", "qlora_dpo", *arguments],
             cwd=ROOT, env=os.environ | dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            preexec_fn=hear_ctrl_c,
         )  # fmt: skip
 
     def wait(seconds: float | None) -> int | None:
@@ -111,12 +112,18 @@ class Command:
         return main(self.arguments)
 
 
+def hear_ctrl_c() -> None:
+    """Undo what a shell does to commands that it starts with `&`: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _run(function: Callable[[], int], log: Path, environment: dict[str, str], before: tuple[Prepare, ...]) -> None:
     set_start_method("fork", force=True)  # as in a command of its own; locks of killed processes would be left behind
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
+    hear_ctrl_c()
     for prepare in before:
         prepare()
     sys.exit(function())

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.chaos.__main__ import ROWS, Counts, main, parse_arguments, table
+from benchmarks.chaos.__main__ import ROWS, Counts, completed, main, parse_arguments, table
 from benchmarks.chaos.bench import Row
 from benchmarks.chaos.breakages import BREAKAGES
 from benchmarks.chaos.fuzzing import KINDS, mutated
@@ -153,6 +153,19 @@ def test_measured_results_are_replaced_by_whole_runs_only() -> None:
     assert parse_arguments(["--chaos", "7", "--reduced"]).counts.crash_points == 7
     for less in (["--reduced"], ["--only", "fuzz"], ["--chaos", "3"], ["--break", "deaf"]):
         assert parse_arguments(less).output is None
+
+
+def test_rows_that_are_run_again_replace_their_own_in_the_results_of_a_run_like_it(tmp_path: Path) -> None:
+    like = {"seed": 0, "counts": {"kills": 50}, "broken": None, "environment": {"cores": 2}, "seconds": 60}
+    earlier = like | {"rows": [{"name": "kill", "passed": 1}, {"name": "signals", "passed": 2}]}
+    again = like | {"rows": [{"name": "signals", "passed": 3}], "seconds": 30}
+    assert completed(again, tmp_path / "none.json") == again
+    (tmp_path / "chaos.json").write_text(json.dumps(earlier))
+    merged = completed(again, tmp_path / "chaos.json")
+    assert merged["rows"] == [{"name": "kill", "passed": 1}, {"name": "signals", "passed": 3}]
+    assert merged["seconds"] == 90
+    assert completed(again | {"seed": 1}, tmp_path / "chaos.json")["rows"] == again["rows"]
+    assert completed(again | {"counts": {"kills": 3}}, tmp_path / "chaos.json")["rows"] == again["rows"]
 
 
 def test_every_row_is_broken_by_something() -> None:
