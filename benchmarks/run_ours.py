@@ -66,7 +66,8 @@ def make_engine(task: Task, form: OurForm, model: Any) -> Engine:
     from qlora_dpo.models.lean_layers import make_lean
     from qlora_dpo.models.scoring import Scorer, choose_scorer
     from qlora_dpo.objectives.objective import make_objective
-    from qlora_dpo.training.engine import Engine, local_reference
+    from qlora_dpo.reference.local import local_reference
+    from qlora_dpo.training.engine import Engine
 
     device = torch.device("cpu")
     pairs = [TokenizedPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in task.rows()]

@@ -6,9 +6,38 @@ import sys
 from collections.abc import Sequence
 
 from qlora_dpo.command_line import Command, run_commands
-from qlora_dpo.config.checks import plan_config, train_config
+from qlora_dpo.config.checks import fill_config, plan_config, train_config, verify_config
+from qlora_dpo.config.data import (
+    CompareLabelsOptions,
+    ConvertOptions,
+    InspectOptions,
+    LintOptions,
+    MixOptions,
+    PairFileOptions,
+    TokenOptions,
+)
+from qlora_dpo.config.labeling import (
+    EndpointOptions,
+    GenerateOptions,
+    HumanOptions,
+    JudgeOptions,
+    LocalModelOptions,
+    ReferenceLabelOptions,
+    RewardModelOptions,
+    RulesOptions,
+    SamplingOptions,
+)
+from qlora_dpo.config.reference import (
+    FillOptions,
+    ServedOptions,
+    StoreExportOptions,
+    StoreImportOptions,
+    StoreInfoOptions,
+    StoreVerifyOptions,
+)
 from qlora_dpo.config.release import MergeOptions
-from qlora_dpo.config.training import TRAIN_GROUPS, PlanOptions
+from qlora_dpo.config.training import TRAIN_GROUPS, DataOptions, ModelOptions, PlanOptions
+from qlora_dpo.terminal import outlasting_stderr
 from qlora_dpo.training.signals import terminable
 
 COMMANDS = {
@@ -24,8 +53,95 @@ COMMANDS = {
         "qlora_dpo.training.plan:plan",
         plan_config,
     ),
+    "reference": Command(
+        "Compute the reference's log-probs of a dataset ahead, for all runs to come.",
+        (ModelOptions, DataOptions, FillOptions, EndpointOptions, ServedOptions),
+        "qlora_dpo.training.reference_commands:fill_store",
+        fill_config,
+    ),
+    "reference info": Command(
+        "Say what a reference store holds.",
+        (StoreInfoOptions,),
+        "qlora_dpo.reference.commands:info",
+        positional=("store",),
+    ),
+    "reference verify": Command(
+        "Check a reference store, and compute some of it again.",
+        (StoreVerifyOptions, ModelOptions, DataOptions),
+        "qlora_dpo.training.reference_commands:verify_store",
+        verify_config,
+        positional=("store",),
+    ),
+    "reference export": Command(
+        "Write a reference store as Parquet.",
+        (StoreExportOptions,),
+        "qlora_dpo.reference.commands:export",
+        positional=("store", "output"),
+    ),
+    "reference import": Command(
+        "Add the rows of an exported file to a reference store.",
+        (StoreImportOptions,),
+        "qlora_dpo.reference.commands:import_rows",
+        positional=("file", "store"),
+    ),
+    "data convert": Command(
+        "Write pairs in another format and kind of file.",
+        (ConvertOptions,),
+        "qlora_dpo.data.convert:convert",
+        positional=("file",),
+    ),
+    "data mix": Command(
+        "Say what a mixture of sources is made of, and write the rows of one epoch.",
+        (MixOptions,),
+        "qlora_dpo.data.mix:mix",
+        positional=("file",),
+    ),
+    "data inspect": Command(
+        "Say what is in a file of pairs: lengths, turns, languages, duplicates, what training on it takes.",
+        (PairFileOptions, TokenOptions, InspectOptions),
+        "qlora_dpo.training.data_commands:inspect",
+        positional=("file",),
+    ),
+    "data lint": Command(
+        "Say what is wrong with a file of pairs, row by row.",
+        (PairFileOptions, TokenOptions, LintOptions),
+        "qlora_dpo.training.data_commands:lint",
+        positional=("file",),
+    ),
     "merge": Command(
         "Merge an adapter into a plain 16-bit model folder.", (MergeOptions,), "qlora_dpo.release.merge:merge"
+    ),
+    "generate": Command(
+        "Write answers of a model to prompts, to be compared or rejected.",
+        (GenerateOptions, SamplingOptions, LocalModelOptions, EndpointOptions),
+        "qlora_dpo.labeling.generate:generate",
+    ),
+    "label reference": Command(
+        "Make pairs of reference answers (chosen) and a model's own answers (rejected).",
+        (ReferenceLabelOptions, SamplingOptions, LocalModelOptions, EndpointOptions),
+        "qlora_dpo.labeling.reference_answers:label_by_reference",
+    ),
+    "label judge": Command(
+        "Label pairs by a strong model behind an OpenAI-compatible server.",
+        (JudgeOptions, EndpointOptions),
+        "qlora_dpo.labeling.judge:label_by_judge",
+    ),
+    "label rules": Command(
+        "Label pairs by a YAML list of rules.", (RulesOptions,), "qlora_dpo.labeling.rules:label_by_rules"
+    ),
+    "label reward_model": Command(
+        "Label pairs by a reward model of transformers.",
+        (RewardModelOptions,),
+        "qlora_dpo.labeling.reward_model:label_by_reward_model",
+    ),
+    "label human": Command(
+        "Label pairs by hand, on a blind page.", (HumanOptions,), "qlora_dpo.labeling.human:label_by_hand"
+    ),
+    "data compare-labels": Command(
+        "Say how far two labellings agree.",
+        (CompareLabelsOptions,),
+        "qlora_dpo.labeling.compare:compare_labels",
+        positional=("first", "second"),
     ),
     "env": Command("Print versions and devices, for a bug report.", (), "qlora_dpo.environment:print_description"),
 }
@@ -33,5 +149,5 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one clear text on stderr, no traceback."""
-    with terminable():
+    with terminable(), outlasting_stderr():
         return run_commands("qlora_dpo", COMMANDS, sys.argv[1:] if argv is None else list(argv))

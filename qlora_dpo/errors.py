@@ -5,6 +5,7 @@ QloraDpoError            1   base class; catch this one to catch them all
   DataError             65   the content of a data file
   ModelError            65   the content of a model or adapter folder
   StorageError          74   a file or folder that cannot be found, read or written
+  EndpointError         69   a server that gives no usable answer
   ResourceError         71   the machine: out of memory, no such device
   TrainingError         70   the numbers of a run stopped making sense
   Interrupted           75   stopped by a signal; the same command continues
@@ -39,6 +40,12 @@ class StorageError(QloraDpoError):
     """A file or folder that cannot be found, read or written."""
 
     exit_code = 74
+
+
+class EndpointError(QloraDpoError):
+    """A server of a model that cannot be reached, refuses, or answers what nobody can read."""
+
+    exit_code = 69
 
 
 class ResourceError(QloraDpoError):

@@ -58,5 +58,5 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests never read or fill the user's cache."""
-    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    """Tests never read or fill the user's cache, nor each other's."""
+    monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "errors",
     "redaction",
+    "terminal",
     "config",
     "endpoint",
     "environment",

@@ -24,10 +24,12 @@ def commands(path: Path) -> list[str]:
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def run(command: str, folder: Path, model: Path, pairs: Path) -> None:
+def run(command: str, folder: Path, names: dict[str, Path]) -> None:
     """Run a README command in `folder`, with the example names filled in and this Python as its environment."""
-    more = " --max_steps 2 --dtype float32" if "MODEL" in command else ""
-    command = command.replace("MODEL", str(model)).replace("PAIRS", str(pairs)) + more
+    trains = re.search(r"run_dpo_training.sh|qlora_dpo (train|plan)", command) and "MODEL" in command
+    command += " --max_steps 2 --dtype float32" if trains else ""
+    for name, path in names.items():
+        command = re.sub(rf"\b{name}\b", str(path), command)
     command = re.sub(r"^\./", f"{ROOT}/", command)
     command = re.sub(r"^python ", f"{sys.executable} ", command)
     environment = os.environ | {"QLORA_DPO_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
@@ -57,11 +59,13 @@ def check_served(command: str, folder: Path, environment: dict[str, str]) -> Non
 
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
-    ran = []
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "w3 w4", "std_answer": "w5 w6"}\n{"question": "w7", "std_answer": ""}\n')
+    names, ran = {"MODEL": model_folder, "PAIRS": pairs_file, "QUESTIONS": questions}, []
     for command in commands(READMES[0]):
         if "run_tests.sh" in command:
             continue  # it is running right now
-        run(command, tmp_path, model_folder, pairs_file)
+        run(command, tmp_path, names)
         ran.append(command)
     assert "./run_dpo_training.sh" in ran and len(ran) >= 5
 

@@ -36,7 +36,10 @@ VALUES: tuple[Any, ...] = (
     [{"role": "user", "content": [{"type": "text", "text": "q"}]}], [{"role": "tool", "content": 3}],
     "\n\nHuman: a", "\n\nAssistant: b", "\n\nHuman: a\n\nAssistant:", "\n\nAssistant: a\n\nAssistant: b",
 )  # fmt: skip
-KEYS = ("prompt", "chosen", "rejected", "category", "confidence", "id", "messages", "context", "")
+KEYS = (
+    "prompt", "chosen", "rejected", "category", "confidence", "id", "messages", "context", "conversations",
+    "instruction", "input", "history", "system", "tools", "meta", "reference_chosen_log_prob", "",
+)  # fmt: skip
 
 
 @dataclass
@@ -182,7 +185,40 @@ def _messages(prompt: str, chosen: str, rejected: str) -> Pair:
     }
 
 
-LAYOUTS: dict[str, Callable[[str, str, str], Pair]] = {"hh-rlhf": _hh, "plaintext": _plain, "messages": _messages}
+def _opendpo(prompt: str, chosen: str, rejected: str) -> Pair:
+    return {
+        "context": [{"role": "user", "content": prompt}],
+        "chosen": {"role": "assistant", "content": chosen},
+        "rejected": {"role": "assistant", "content": rejected},
+        "reference_chosen_log_prob": -1.5,
+        "reference_rejected_log_prob": -2,
+        "meta": {"category_id": 1, "category_name": "c"},
+    }
+
+
+def _sharegpt(prompt: str, chosen: str, rejected: str) -> Pair:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": prompt}]
+    return {
+        "conversations": turns,
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
+        "system": "s",
+    }
+
+
+def _alpaca(prompt: str, chosen: str, rejected: str) -> Pair:
+    texts = {"instruction": prompt, "input": "i", "chosen": chosen, "rejected": rejected, "system": "s"}
+    return texts | {"history": [["a", "b"]]}
+
+
+LAYOUTS: dict[str, Callable[[str, str, str], Pair]] = {
+    "hh-rlhf": _hh,
+    "plaintext": _plain,
+    "messages": _messages,
+    "opendpo": _opendpo,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+}
 
 
 def _jsonl(rows: list[Pair]) -> bytes:
@@ -220,5 +256,5 @@ KINDS = tuple(
     f"{layout} {container}"
     for layout in LAYOUTS
     for container in CONTAINERS
-    if (layout, container) != ("messages", "csv")  # a cell of a CSV file holds no list
+    if container != "csv" or layout in ("hh-rlhf", "plaintext")  # a cell of a CSV file holds no list
 )

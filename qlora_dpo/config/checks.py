@@ -7,7 +7,9 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from qlora_dpo.config.training import TRAIN_GROUPS, PlanOptions, TrainConfig, uses_4bit
+from qlora_dpo.config.labeling import EndpointOptions, refuse_ignored
+from qlora_dpo.config.reference import FillOptions, ServedOptions, StoreOptions, StoreVerifyOptions
+from qlora_dpo.config.training import TRAIN_GROUPS, LossOptions, PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import UsageError
 
 
@@ -49,6 +51,55 @@ def plan_config(options: dict[str, Any]) -> tuple[TrainConfig, PlanOptions]:
     return config, own
 
 
+def fill_config(options: dict[str, Any]) -> tuple[TrainConfig, FillOptions, EndpointOptions, ServedOptions]:
+    """Build the checked options of `reference`: the model and the data as in `train`, and its own.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    for name in ("model_name_or_path", "dataset"):
+        if options[name] is None:
+            raise UsageError(f"reference needs --{name}: a model computes the log-probs of a dataset's pairs.")
+    if options["objective"] == "sft":
+        raise UsageError("--objective sft has no reference: leave it out.")
+    config = train_config({name: value for name, value in options.items() if name != "max_drift"})
+    own, server, served = (_filled(group, options) for group in (FillOptions, EndpointOptions, ServedOptions))
+    if not server.endpoint:
+        refuse_ignored(server, "there is no --endpoint")
+        refuse_ignored(served, "there is no --endpoint")
+    else:
+        refuse_ignored(own, "the server at --endpoint cuts its own batches", "max_tokens_per_microbatch")
+    if not served.verify:
+        refuse_ignored(served, "--verify 0 compares nothing", "max_drift")
+    for name in ("verify", "max_drift"):
+        if getattr(served, name) < 0:
+            raise UsageError(f"--{name} {getattr(served, name)}: must be at least 0.")
+    return config, own, server, served
+
+
+def _filled(group: type, options: dict[str, Any]) -> Any:
+    return group(**{option.name: options[option.name] for option in fields(group)})
+
+
+def verify_config(options: dict[str, Any]) -> tuple[TrainConfig, StoreVerifyOptions]:
+    """Build the checked options of `reference verify`, whose model and data may be left out.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    own = StoreVerifyOptions(**{option.name: options[option.name] for option in fields(StoreVerifyOptions)})
+    config = train_config({name: value for name, value in options.items() if name != "max_drift"})
+    defaults = StoreVerifyOptions(own.store)
+    if own.verify < 1:
+        raise UsageError(f"--verify {own.verify}: must be above 0.")
+    if config.data.objective == "sft":
+        raise UsageError("--objective sft has no reference: leave it out.")
+    for name in ("verify", "max_drift") if config.is_demo else ():
+        if getattr(own, name) != getattr(defaults, name):
+            raise UsageError(f"--{name} would be ignored: name --model_name_or_path and --dataset to compute again.")
+    return config, own
+
+
 def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
     """Options whose values cannot work, one sentence each."""
     model, data, training = config.model, config.data, config.training
@@ -61,7 +112,7 @@ def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
         problems.append("--dataset needs --model_name_or_path: name a local model folder or a Hub id.")
     if data.dataset is None and model.model_name_or_path is not None and needs_data:
         problems.append("--model_name_or_path needs --dataset: name a file, a folder or a Hub id of pairs.")
-    if data.max_prompt_length >= data.max_length:
+    if data.objective == "dpo" and data.max_prompt_length >= data.max_length:
         problems.append(
             f"--max_prompt_length {data.max_prompt_length} leaves no room for an answer within --max_length "
             f"{data.max_length}: make it smaller."
@@ -92,6 +143,7 @@ _POSITIVE = {
     "lora_r", "lora_alpha", "max_length", "max_prompt_length", "max_train_samples", "max_eval_samples", "beta",
     "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_tokens_per_microbatch", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "max_new_tokens",
+    "max_drift",
 }  # fmt: skip
 
 
@@ -119,6 +171,11 @@ def _ignored(config: TrainConfig) -> list[str]:
         ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
         *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
           for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")),
+        *((name, data.objective == "sft", "--objective sft does not read it") for name in _OF_DPO),
+        *((name, data.objective == "dpo", "--objective dpo does not read it") for name in _OF_SFT),
+        ("reference_source", config.store.reference_store == "none", "--reference_store none keeps nothing"),
+        ("row_reference", config.store.reference_source is not None, "--reference_source names the reference"),
+        ("reference_source", config.store.reference_store is None, "--reference_store names no store that has it"),
         ("allow_changed", training.fresh, "--fresh starts anew, with any options"),
         ("max_new_tokens", not training.sample_generate and not config.is_demo, "--sample_generate is off"),
         *((name, config.is_demo, "the embedded demo brings its own pairs; name --model_name_or_path and --dataset")
@@ -137,10 +194,16 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+# What only one of the objectives reads: an SFT run has no reference, no pairs and no other loss.
+_OF_DPO = (
+    *(option.name for group in (LossOptions, StoreOptions) for option in fields(group)),
+    "reference_model", "chosen_key", "rejected_key", "max_prompt_length", "on_displacement", "lint",
+)  # fmt: skip
+_OF_SFT = ("messages_key", "response_key")
 _OF_REAL_TRAINING = (
-    "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision", "eval_dataset",
-    "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "prompt_template",
-    "trust_remote_code",
+    "objective", "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision",
+    "eval_dataset", "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "messages_key",
+    "response_key", "confidence_as", "prompt_template", "trust_remote_code",
 )  # fmt: skip
 
 

@@ -1,3 +1,142 @@
 """The options of the commands that read, check and write data."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qlora_dpo.config.values import Names
+
+_NO_NAMES = Names()
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Convert: pairs from one format and kind of file into another."""
+
+    file: str
+    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
+    modelscope:ORG/NAME."""
+    to: str
+    """Format to write: hh-rlhf, plaintext, messages, opendpo, sharegpt, alpaca."""
+    output: Path
+    """File to write; its suffix says of what kind: .jsonl, .json, .csv, .parquet."""
+    dataset_format: str = "auto"
+    """Format to read; auto looks at the columns."""
+    split: str | None = None
+    """Split of a folder or Hub dataset. Default: train, or the only one there is."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub dataset."""
+    prompt_key: str = "prompt"
+    """Column of the prompt (plaintext, messages)."""
+    chosen_key: str = "chosen"
+    """Column of the preferred answer."""
+    rejected_key: str = "rejected"
+    """Column of the dispreferred answer."""
+    drop: Names = _NO_NAMES
+    """What may be lost where the format to write has no place for it: system, history (all turns but the last),
+    whitespace (around texts), reference_logps. A row that would lose anything else is refused."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What to do with rows that cannot be read or written: list them and stop, or list them and write the rest."""
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """Mix: sources of pairs, or their categories, at rates."""
+
+    file: Path
+    """The mixture: a .yaml with sources and their sample_rate, or OpenDPO's ratio file."""
+    output: Path | None = None
+    """File for the rows of one epoch: .jsonl, .json (also .gz) or .parquet. Without it only the table is printed."""
+    seed: int = 42
+    """With --epoch it decides which rows are taken; `train` draws by the same rule."""
+    epoch: int = 0
+    """Which epoch's rows are written, counted from 0."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What to do when rows are unusable: list them and stop, or count them and mix the rest."""
+
+
+@dataclass(frozen=True)
+class CompareLabelsOptions:
+    """Two labellings of the same answers."""
+
+    first: str
+    """A record (*.labels.jsonl), or pairs of any format."""
+    second: str
+    """What it is compared with, of either kind."""
+
+
+@dataclass(frozen=True)
+class PairFileOptions:
+    """Pairs: where they are and how they are read."""
+
+    file: str
+    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
+    modelscope:ORG/NAME."""
+    dataset_format: str = "auto"
+    """Format to read; auto looks at the columns."""
+    split: str | None = None
+    """Split of a folder or Hub dataset. Default: train, or the only one there is."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub dataset."""
+    prompt_key: str = "prompt"
+    """Column of the prompt (plaintext, messages)."""
+    chosen_key: str = "chosen"
+    """Column of the preferred answer."""
+    rejected_key: str = "rejected"
+    """Column of the dispreferred answer."""
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """Tokens: whose they are, and how many a pair may have; as in `train`."""
+
+    model_name_or_path: str | None = None
+    """Model whose tokenizer reads the pairs: a local folder or a Hub id. Its weights are not read."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a Hub model."""
+    tokenizer: str | None = None
+    """Folder or Hub id of a tokenizer, where there is no model yet."""
+    prompt_template: str | None = None
+    """Named template (hh-rlhf, anima, plain) for a tokenizer without a chat template, or instead of it."""
+    max_length: int = 1024
+    """Tokens of prompt plus completion."""
+    max_prompt_length: int = 512
+    """Tokens of the prompt."""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Inspect: what training would take, and where the results go."""
+
+    per_device_train_batch_size: int = 1
+    """With --gradient_accumulation_steps: their product is the number of pairs of one optimizer step."""
+    gradient_accumulation_steps: int = 16
+    """See --per_device_train_batch_size."""
+    num_train_epochs: float = 1.0
+    """Passes over the pairs."""
+    tokens_per_second: float | None = None
+    """Tokens that are trained on per second, where it was measured, for the time that training takes."""
+    json: Path | None = None
+    """File for the results as JSON."""
+    png: Path | None = None
+    """File for the histograms as a picture."""
+
+
+@dataclass(frozen=True)
+class LintOptions:
+    """Lint: what the pairs are held against, and where the results go."""
+
+    eval_dataset: str | None = None
+    """Held-out pairs, same format: what is on both sides is an error."""
+    lint: Literal["warn", "block"] = "block"
+    """What errors do: end the command with exit code 65, or be printed only."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """Whether rows that are no pairs are errors or, as they would be left out of training, warnings."""
+    show_rows: int = 5
+    """Rows that are printed for each rule; all are counted, and are in --json."""
+    preview: int = 0
+    """Show the very tokens of this many pairs."""
+    json: Path | None = None
+    """File for the results as JSON, with every row."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_dpo.config.reference import StoreOptions
 from qlora_dpo.config.values import Names, Numbers
 
 _ALL_LINEAR, _SIGMOID, _NONE = Names("all-linear"), Names("sigmoid"), Names("none")
@@ -60,12 +61,16 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Data: pairs of a preferred and a dispreferred answer."""
+    """Data: pairs of a preferred and a dispreferred answer, or conversations."""
 
+    objective: Literal["dpo", "sft"] = "dpo"
+    """dpo learns from pairs which answer is preferred; sft learns to write the assistant's turns of conversations.
+    The adapter of an SFT run is then the --reference_model of DPO."""
     dataset: str | None = None
-    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, or a Hub id."""
+    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
+    modelscope:ORG/NAME; or a mixture of such sources: a .yaml (see `data mix`), or OpenDPO's ratio file."""
     dataset_format: str = "auto"
-    """hh-rlhf, plaintext, messages; auto looks at the columns."""
+    """hh-rlhf, plaintext, messages, opendpo, sharegpt, alpaca; auto looks at the columns."""
     dataset_split: str = "train"
     """Split of a folder or Hub dataset."""
     dataset_revision: str | None = None
@@ -81,19 +86,26 @@ class DataOptions:
     max_eval_samples: int = 256
     """Use at most N held-out pairs."""
     prompt_key: str = "prompt"
-    """Column of the prompt (plaintext, messages)."""
+    """Column of the prompt (plaintext, messages of pairs)."""
     chosen_key: str = "chosen"
     """Column of the preferred answer (plaintext, messages)."""
     rejected_key: str = "rejected"
     """Column of the dispreferred answer (plaintext, messages)."""
+    messages_key: str = "messages"
+    """With --objective sft: column of a whole conversation (messages)."""
+    response_key: str = "response"
+    """With --objective sft: column of the answer (plaintext)."""
     prompt_template: str | None = None
     """Named template (hh-rlhf, anima, plain) for a tokenizer without a chat template, or instead of it."""
     max_length: int = 1024
-    """Tokens of prompt plus completion. A longer completion loses its end (and its end token)."""
+    """Tokens of prompt plus completion, or of a conversation. What is longer loses its end (and its end token)."""
     max_prompt_length: int = 512
     """Tokens of the prompt. A longer prompt loses its beginning."""
     bad_rows: Literal["fail", "skip"] = "fail"
     """What to do when rows are unusable: list them and stop, or list them and train on the rest."""
+    lint: Literal["warn", "block", "off"] = "block"
+    """What errors in the pairs do (see `data lint`): warn prints them, block does not train on them, off looks for
+    none."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,10 @@ class LossOptions:
     """Weight of each --loss_type; default 1 each."""
     label_smoothing: float = 0.0
     """Assumed share of flipped labels (sigmoid: conservative DPO; robust, exo_pair)."""
+    confidence_as: Literal["weight", "label_smoothing"] = "weight"
+    """What a pair's confidence below 1 does. weight: multiplies its loss. label_smoothing: 1 - confidence, at most 0.5
+    (robust: 0.4), is its share of flipped labels unless --label_smoothing is larger (sigmoid, sigmoid_norm, robust,
+    exo_pair)."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence that ties the policy to the reference (arXiv 2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
@@ -197,6 +213,7 @@ class TrainConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    store: StoreOptions = field(default_factory=StoreOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -237,6 +254,7 @@ TRAIN_GROUPS = {
     "model": ModelOptions,
     "lora": LoraOptions,
     "data": DataOptions,
+    "store": StoreOptions,
     "loss": LossOptions,
     "training": TrainingOptions,
 }

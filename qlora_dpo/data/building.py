@@ -1,39 +1,82 @@
-"""From the rows of a source to a finished store of tokenized pairs, in batches."""
+"""From the rows of a source to a finished store of tokenized samples, in batches."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Protocol
 
-from qlora_dpo.data import formats, pair_store
+from qlora_dpo.data import pair_store
 from qlora_dpo.data.control_tokens import tokenizer_content
-from qlora_dpo.data.formats import ColumnNames
-from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
+from qlora_dpo.data.conversation_tokens import TokenizedConversation
+from qlora_dpo.data.conversations import detect_conversation_format, parse_conversation
+from qlora_dpo.data.formats import detect_format, parse_row
+from qlora_dpo.data.messages import Values
+from qlora_dpo.data.preferences import RefusedRow, RowError
 from qlora_dpo.data.readers import Row, Rows
 from qlora_dpo.data.sources import Source
-from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
+from qlora_dpo.data.tokenization import TokenizedPair
 from qlora_dpo.errors import UsageError
 
 # Part of the cache key: raise it when the same file would give other ids or another report.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _BATCH = 1000  # rows
 _ROWS_TO_DETECT_BY = 100
 
 
+Parsed = tuple[Any, tuple[str, ...]]
+
+
+class SampleTokenizer(Protocol):
+    """What makes samples of token ids out of parsed rows, a batch at a time, in order."""
+
+    tokenizer: Any
+    counts: Any
+
+    @property
+    def limits(self) -> tuple[int, ...]: ...
+    def tokenize(self, parsed: list[Any], /) -> list[Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKind:
+    """What rows are read as: `detect` names the format of a row, `parse` gives what it holds and its repairs."""
+
+    unit: str
+    sample: type
+    detect: Callable[[Values, Any], str]
+    parse: Callable[[str, Values, Any, str], Parsed]
+
+
+def _parse_pair(name: str, values: Values, names: Any, origin: str) -> Parsed:
+    parsed = parse_row(name, values, names, origin)
+    return parsed.pair, parsed.repairs
+
+
+def _parse_conversation(name: str, values: Values, names: Any, origin: str) -> Parsed:
+    parsed = parse_conversation(name, values, names, origin)
+    return parsed.conversation, parsed.repairs
+
+
+PAIRS = SampleKind("pairs", TokenizedPair, detect_format, _parse_pair)
+CONVERSATIONS = SampleKind("conversations", TokenizedConversation, detect_conversation_format, _parse_conversation)
+
+
 @dataclass(slots=True)
 class TokenizingJob:
-    """One source on its way into the cache."""
+    """One source on its way into the cache; `names` says which columns hold what."""
 
+    kind: SampleKind
     source: Source
-    tokenizer: PairTokenizer
+    tokenizer: SampleTokenizer
     dataset_format: str
-    names: ColumnNames
+    names: Any
     max_samples: int | None
     repaired: Counter[str] = field(default_factory=Counter)
 
@@ -41,11 +84,11 @@ class TokenizingJob:
         """Hash everything that the stored ids and report depend on."""
         parts = (
             FORMAT_VERSION,
+            self.kind.unit,
             self.source.fingerprint(),
             self.dataset_format,
             *asdict(self.names).values(),
-            self.tokenizer.max_length,
-            self.tokenizer.max_prompt_length,
+            self.tokenizer.limits,
             self.max_samples,
             tokenizer_content(self.tokenizer.tokenizer),
         )
@@ -56,7 +99,7 @@ class TokenizingJob:
         rows = self._with_format(islice(self.source.rows(), self.max_samples))
         rows_read = 0
         with pair_store.new_store(folder) as building:
-            with pair_store.PairWriter(building) as writer:
+            with pair_store.SampleWriter(building, self.kind.sample) as writer:
                 for batch in _batches(_with_progress(rows)):
                     rows_read += len(batch)
                     self._store(batch, writer)
@@ -64,7 +107,8 @@ class TokenizingJob:
                 "source": self.source.name,
                 "dataset_format": self.dataset_format,
                 "rows_read": rows_read,
-                "pairs": writer.pairs,
+                "pairs": writer.samples,
+                "unit": self.kind.unit,
                 "repaired": self.repaired,
                 **asdict(self.tokenizer.counts),
             }
@@ -79,7 +123,7 @@ class TokenizingJob:
         errors = []
         for values in (row.values for row in head if isinstance(row, Row)):
             try:
-                self.dataset_format = formats.detect_format(values, self.names)
+                self.dataset_format = self.kind.detect(values, self.names)
                 return chain(head, rows)
             except UsageError as error:
                 errors.append(error)
@@ -87,23 +131,23 @@ class TokenizingJob:
             raise errors[0]
         return chain(head, rows)
 
-    def _store(self, batch: list[Row | RefusedRow], writer: pair_store.PairWriter) -> None:
+    def _store(self, batch: list[Row | RefusedRow], writer: pair_store.SampleWriter) -> None:
         parsed = [self._parse(row) for row in batch]
-        usable = [row for row in parsed if isinstance(row, PreferencePair)]
-        tokenized = iter(self.tokenizer.tokenize(usable))
-        results = [next(tokenized) if isinstance(row, PreferencePair) else row for row in parsed]
+        tokenized = iter(self.tokenizer.tokenize([row for row in parsed if not isinstance(row, RefusedRow)]))
+        results = [row if isinstance(row, RefusedRow) else next(tokenized) for row in parsed]
         writer.add_refused(row for row in results if isinstance(row, RefusedRow))
-        writer.add_pairs([pair for pair in results if isinstance(pair, TokenizedPair)])
+        writer.add_samples([sample for sample in results if not isinstance(sample, RefusedRow)])
 
-    def _parse(self, row: Row | RefusedRow) -> PreferencePair | RefusedRow:
+    def _parse(self, row: Row | RefusedRow) -> Any:
+        """What the row holds, or the row as refused."""
         if isinstance(row, RefusedRow):
             return row
         try:
-            parsed = formats.parse_row(self.dataset_format, row.values, self.names, row.origin)
+            parsed, repairs = self.kind.parse(self.dataset_format, row.values, self.names, row.origin)
         except RowError as error:
             return RefusedRow(row.origin, error.field, error.reason)
-        self.repaired.update(parsed.repairs)
-        return parsed.pair
+        self.repaired.update(repairs)
+        return parsed
 
 
 def _batches(rows: Rows) -> Iterator[list[Row | RefusedRow]]:

@@ -1,4 +1,5 @@
-"""Tokenized pairs on disk: one Arrow file, memory-mapped, beside a report and the list of refused rows.
+"""Tokenized samples on disk, pairs or conversations: one Arrow file, memory-mapped, beside a report and the list of
+refused rows.
 
 A store is a folder that appears whole or not at all: it is written under another name and renamed. Its
 manifest holds the hash of each file, so a damaged store is noticed and built again.
@@ -14,56 +15,69 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.preferences import RefusedRow
-from qlora_dpo.data.tokenization import TokenizedPair
 from qlora_dpo.errors import StorageError
 
 PAIRS_FILE = "pairs.arrow"
 REFUSED_FILE = "refused_rows.jsonl"
 MANIFEST_FILE = "manifest.json"
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_IDS = "list[int]"
+_LOGP = "float | None"
 
 
-class PairWriter:
-    """Writes pairs and refused rows into a folder as they come; `content` hashes all ids."""
+def id_columns(kind: type) -> list[str]:
+    """The fields of a sample that are lists of numbers; they stand before all others."""
+    return [field.name for field in fields(kind) if field.type == _IDS]
 
-    def __init__(self, folder: Path) -> None:
+
+def _schema(kind: type) -> Any:
+    import pyarrow as pa
+
+    types = {
+        _IDS: pa.list_(pa.int32()), "str | None": pa.string(), "str": pa.string(), "float": pa.float64(),
+        _LOGP: pa.float64(),
+    }  # fmt: skip
+    return pa.schema([(field.name, types[str(field.type)]) for field in fields(kind)])
+
+
+class SampleWriter:
+    """Writes samples, dataclasses of one `kind`, and refused rows into a folder as they come; `content` hashes all ids
+    and what else is a list of numbers, and the log-probs that samples bring along."""
+
+    def __init__(self, folder: Path, kind: type) -> None:
         import pyarrow as pa
 
-        ids = pa.list_(pa.int32())
-        self._schema = pa.schema(
-            [
-                *((name, ids) for name in ID_COLUMNS),
-                ("category", pa.string()),
-                ("confidence", pa.float64()),
-                ("origin", pa.string()),
-            ]
-        )
+        self._schema = _schema(kind)
+        self._id_columns = id_columns(kind)
+        self._logp_columns = [field.name for field in fields(kind) if field.type == _LOGP]
         self._file = pa.OSFile(str(folder / PAIRS_FILE), "wb")
         self._arrow = pa.ipc.new_file(self._file, self._schema)
         self._refused = (folder / REFUSED_FILE).open("w", encoding="utf-8")
         self.content = hashlib.sha256()
-        self.pairs = 0
+        self.samples = 0
 
-    def add_pairs(self, pairs: list[TokenizedPair]) -> None:
+    def add_samples(self, samples: list[Any]) -> None:
         import pyarrow as pa
 
-        for pair in pairs:
-            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+        for sample in samples:
+            for ids in (getattr(sample, name) for name in self._id_columns):
                 self.content.update(len(ids).to_bytes(8, "little") + array("i", ids).tobytes())
-        columns = [pa.array([getattr(pair, field.name) for pair in pairs], type=field.type) for field in self._schema]
+            logps = [logp for name in self._logp_columns if (logp := getattr(sample, name)) is not None]
+            self.content.update(array("d", logps).tobytes())
+        rows = {field.name: [getattr(sample, field.name) for sample in samples] for field in self._schema}
+        columns = [pa.array(rows[field.name], type=field.type) for field in self._schema]
         self._arrow.write_batch(pa.record_batch(columns, schema=self._schema))
-        self.pairs += len(pairs)
+        self.samples += len(samples)
 
     def add_refused(self, rows: Iterable[RefusedRow]) -> None:
         for row in rows:
             self._refused.write(json.dumps(asdict(row)) + "\n")
 
-    def __enter__(self) -> PairWriter:
+    def __enter__(self) -> SampleWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

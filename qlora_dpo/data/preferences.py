@@ -23,6 +23,32 @@ class PreferencePair:
     category: str | None = None
     confidence: float = 1.0
     origin: str = ""
+    reference_logps: tuple[float, float] | None = None
+    """Log-probs of the two answers under a reference model, as the row brings them along; not trained on."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt as messages."""
+        if isinstance(self.prompt, str):
+            return ({"role": "user", "content": self.prompt},)
+        return self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedPair:
+    """A pair and the names of the repairs that made it usable."""
+
+    pair: PreferencePair
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnNames:
+    """Which columns hold the prompt and the two answers."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +75,11 @@ class RowError(Exception):
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+
+
+class NoPlaceError(RowError):
+    """Raised by the writers where a format has no place for a part of a pair; `drop` is what --drop calls it."""
+
+    def __init__(self, field: str, part: str, drop: str) -> None:
+        super().__init__(field, f"the format has no place for {part} (--drop {drop})")
+        self.drop = drop

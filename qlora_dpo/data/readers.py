@@ -254,7 +254,9 @@ def _read_parquet(path: Path) -> Rows:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for values in batch.to_pylist():
                     yield Row(f"{path}:{next(numbers)}", values)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow calls broken content an OSError too
+            raise
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file: {reason}; write it again.") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_dpo.data.conversation_tokens import NOTHING_WITHIN_MAX_LENGTH
 from qlora_dpo.data.preferences import RefusedRow
 from qlora_dpo.data.tokenization import EQUAL_AFTER_TRUNCATION
 from qlora_dpo.errors import DataError
@@ -16,7 +17,7 @@ _SHOWN_ROWS = 20
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """The account of one loading; always `rows_read == pairs + len(refused)`."""
+    """The account of one loading; always `rows_read == pairs + len(refused)`. SFT data has conversations for pairs."""
 
     source: str
     dataset_format: str
@@ -27,8 +28,13 @@ class DataReport:
     truncated_prompts: int = 0
     truncated_completions: int = 0
     dropped_equal_after_truncation: int = 0
+    truncated_conversations: int = 0
+    context_turns: int = 0
+    reference_logps: int = 0
+    dropped_reference_logps: int = 0
     from_cache: bool = False
     refused_file: Path | None = None
+    unit: str = "pairs"
 
     @property
     def refused_by_reason(self) -> Counter[str]:
@@ -36,8 +42,9 @@ class DataReport:
 
     @property
     def bad_rows(self) -> list[RefusedRow]:
-        """The rows at fault themselves; a pair that only the length limits made equal is not."""
-        return [row for row in self.refused if row.reason != EQUAL_AFTER_TRUNCATION]
+        """The rows at fault themselves; one that only the length limits leave nothing of is not."""
+        of_limits = (EQUAL_AFTER_TRUNCATION, NOTHING_WITHIN_MAX_LENGTH)
+        return [row for row in self.refused if not row.reason.startswith(of_limits)]
 
     def check(self, bad_rows: str) -> None:
         """Refuse to go on without pairs, or with bad rows unless they are to be skipped.
@@ -50,12 +57,13 @@ class DataReport:
             raise DataError(
                 f"{len(bad)} of {self.rows_read} rows of {self.source} cannot be trained on:\n"
                 f"{_listed(bad)}\n"
-                f"Repair them, or train on the other {self.pairs} with --bad_rows skip. All are listed in "
-                f"{self.refused_file}."
+                f"Repair them, or train on the other {self.pairs} with --bad_rows skip."
+                + (f" All are listed in {self.refused_file}." if self.refused_file else "")
             )
         if not self.pairs:
             raise DataError(
-                f"{self.source}: none of the {self.rows_read} rows is a {self.dataset_format} pair:\n"
+                f"{self.source}: none of the {self.rows_read} rows is a {self.dataset_format} "
+                f"{self.unit.removesuffix('s')}:\n"
                 f"{_listed(list(self.refused))}\nCheck --dataset_format and the column names."
             )
 
@@ -63,15 +71,28 @@ class DataReport:
         """Return the account as lines to print."""
         cached = ", from the cache" if self.from_cache else ""
         origin = f"{self.rows_read:,} rows ({self.dataset_format}{cached})"
-        lines = [f"{self.source}: {self.pairs:,} pairs from {origin}"]
+        lines = [f"{self.source}: {self.pairs:,} {self.unit} from {origin}"]
         if self.refused:
-            lines.append(f"refused: {len(self.refused):,} rows, listed in {self.refused_file}")
+            listed = f", listed in {self.refused_file}" if self.refused_file else ""
+            lines.append(f"refused: {len(self.refused):,} rows{listed}")
             lines += [f"  {count:,} x {kind}" for kind, count in self.refused_by_reason.most_common()]
         lines += [f"repaired: {count:,} x {kind}" for kind, count in self.repaired.items()]
         if self.truncated_prompts:
             lines.append(f"truncated: {self.truncated_prompts:,} prompts (the end was kept)")
         if self.truncated_completions:
             lines.append(f"truncated: {self.truncated_completions:,} answers (the start was kept, without end)")
+        if self.dropped_reference_logps:
+            lines.append(
+                f"reference log-probs: {self.dropped_reference_logps:,} pairs lose those of their rows, which are of "
+                "the text before it was truncated"
+            )
+        if self.truncated_conversations:
+            lines.append(f"truncated: {self.truncated_conversations:,} conversations (the start was kept)")
+        if self.context_turns:
+            lines.append(
+                f"context only: {self.context_turns:,} answers before the last one, which the chat template writes "
+                "otherwise once messages follow them"
+            )
         return lines
 
 

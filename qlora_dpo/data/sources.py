@@ -1,4 +1,5 @@
-"""Where rows come from: a file, a folder of files, a `save_to_disk` folder, or a data set on the Hub.
+"""Where rows come from: a file, a folder of files, a `save_to_disk` folder, a data set on the Hub, or
+`modelscope:ORG/NAME[@revision]`.
 
 Every source has splits. A single file is the split `train`; a folder's splits are read off its file names,
 as the Hub does. Without a name, `train` is taken, or the only split there is.
@@ -15,8 +16,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from qlora_dpo.data.hubs import MODELSCOPE, first_line, load_from_hub, modelscope_folder
 from qlora_dpo.data.readers import READERS, Row, Rows, file_kind, read_file, unreadable
-from qlora_dpo.errors import DataError, QloraDpoError, StorageError, UsageError
+from qlora_dpo.errors import DataError, StorageError, UsageError
 
 # Files that describe a data set and hold no rows of it.
 _METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -55,6 +57,8 @@ def open_source(source: str, *, split: str | None = None, revision: str | None =
     """Find a source; its rows are read later. Raises as `read_rows`."""
     if not source:
         raise UsageError("the data source is an empty text; name a file, a folder or a Hub id.")
+    if source.startswith(MODELSCOPE):
+        return _folder_source(modelscope_folder(source, revision), split)
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -146,7 +150,7 @@ def _saved_source(folder: Path, split: str | None) -> Source:
         loaded = load_from_disk(str(folder))
     except Exception as error:  # the library raises whatever its parsers raise
         raise DataError(
-            f"{folder} does not load as a save_to_disk folder: {_first_line(error)}; save it again."
+            f"{folder} does not load as a save_to_disk folder: {first_line(error)}; save it again."
         ) from error
     name = str(folder)
     if isinstance(loaded, DatasetDict):
@@ -172,41 +176,9 @@ def _hub_source(source: str, split: str | None, revision: str | None) -> Source:
             f"{_shown(source)} is neither a local path nor reachable as a Hub id: nothing is there, "
             "and a Hub id has the form owner/name. Check the path."
         )
-    from datasets import Dataset, load_dataset
-
-    try:
-        loaded = load_dataset(source, split=split or "train", revision=revision)
-    except Exception as error:  # the library and its transports raise a dozen types
-        raise _hub_error(source, split, revision, error) from error
-    if not isinstance(loaded, Dataset):
-        raise UsageError(f"{source}: --split {split!r} names several splits; name one of {', '.join(loaded)}.")
+    loaded = load_from_hub(source, split or "train", revision)
     fingerprint = f"{source}@{loaded._fingerprint}"
     return Source(source, lambda: _refuse_none(source, _dataset_rows(source, loaded)), lambda: fingerprint)
-
-
-def _hub_error(source: str, split: str | None, revision: str | None, error: Exception) -> QloraDpoError:
-    reason = _first_line(error)
-    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        named = f"split {split or 'train'!r}" + (f", revision {revision!r}" if revision else "")
-        return UsageError(f"the data set {source} on the Hub cannot be read with {named}: {reason}")
-    lowered = reason.lower()
-    advice = next(text for marks, text in _HUB_ADVICE if any(mark in lowered for mark in marks))
-    return StorageError(f"{source} is neither a local path nor reachable as a Hub id: {reason.rstrip('.')}; {advice}.")
-
-
-_HUB_ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("gated", "authenticated", "401", "403"), "accept its terms on its page and set HF_TOKEN"),
-    (("revision",), "check --revision"),
-    (
-        ("offline", "couldn't reach", "connection", "resolve", "timed out", "timeout", "proxy"),
-        "check the path, or the network (and HF_HUB_OFFLINE), or give a file",
-    ),
-    (("",), "check the path or the id's spelling, and set HF_TOKEN if it is private"),
-)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _shown(source: str) -> str:

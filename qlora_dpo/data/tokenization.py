@@ -8,21 +8,18 @@ keeps its start, and has no end token then.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qlora_dpo.data.control_tokens import ControlTokenEncoder, uses_bos
-from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
+from qlora_dpo.data.chat import Chat, Prompt
+from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EQUAL_AFTER_TRUNCATION = "the same answer as chosen once both are truncated"
-
-Prompt = str | Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,9 @@ class TokenizedPair:
     category: str | None = None
     confidence: float = 1.0
     origin: str = ""
+    reference_chosen_logp: float | None = None
+    """Log-prob of the whole answer under some reference, as the row brought it along."""
+    reference_rejected_logp: float | None = None
 
 
 @dataclass(slots=True)
@@ -44,15 +44,10 @@ class TruncationCounts:
     truncated_prompts: int = 0
     truncated_completions: int = 0
     dropped_equal_after_truncation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _AnswerForm:
-    """What the chat template writes around an answer, and the token that ends the turn."""
-
-    opening: str
-    closing: str
-    end_id: int
+    reference_logps: int = 0
+    """Pairs that keep the log-probs that their rows brought along."""
+    dropped_reference_logps: int = 0
+    """Pairs that lose them: they are of a longer text."""
 
 
 class PairTokenizer:
@@ -69,24 +64,26 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.counts = TruncationCounts()
-        self._encoder = ControlTokenEncoder(tokenizer)
-        self._bos_id: int | None = tokenizer.bos_token_id
-        self._adds_bos = uses_bos(tokenizer)
-        self._form = self._find_answer_form()
+        self._chat = Chat(tokenizer)
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The numbers that decide what is cut."""
+        return self.max_length, self.max_prompt_length
 
     @property
     def end_id(self) -> int:
         """The token that ends every answer that was not truncated."""
-        return self._form.end_id
+        return self._chat.form.end_id
 
     def tokenize(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | RefusedRow]:
         """Tokenize a batch of pairs; the result stands in the same order."""
-        rendered = self._render_all([pair.prompt for pair in pairs])
+        rendered = self._chat.render_prompts([pair.prompt for pair in pairs])
         usable = [(pair, text) for pair, text in zip(pairs, rendered, strict=True) if isinstance(text, str)]
         texts = [text for _, text in usable]
         texts += [self._completion_text(pair.chosen) for pair, _ in usable]
         texts += [self._completion_text(pair.rejected) for pair, _ in usable]
-        ids = self._encoder.encode(texts)
+        ids = self._chat.encoder.encode(texts)
         count = len(usable)
         encoded = zip(ids[:count], ids[count : 2 * count], ids[2 * count :], strict=True)
         return [
@@ -102,15 +99,15 @@ class PairTokenizer:
         Raises:
             UsageError: when the chat template refuses the conversation.
         """
-        (rendered,) = self._render_all([prompt])
+        (rendered,) = self._chat.render_prompts([prompt])
         if isinstance(rendered, Exception):
             raise UsageError(f"the chat template refuses this prompt: {rendered}; change its messages.") from rendered
-        return self._fit_prompt(self._with_bos(self._encoder.encode([rendered])[0]))
+        return self._fit_prompt(self._chat.with_bos(self._chat.encoder.encode([rendered])[0]))
 
     def _assemble(
         self, pair: PreferencePair, prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]
     ) -> TokenizedPair | RefusedRow:
-        whole_prompt = self._with_bos(prompt_ids)
+        whole_prompt = self._chat.with_bos(prompt_ids)
         prompt = self._fit_prompt(whole_prompt)
         chosen, rejected = (self._fit_completion(ids, len(prompt)) for ids in (chosen_ids, rejected_ids))
         if chosen_ids == rejected_ids:
@@ -120,84 +117,34 @@ class PairTokenizer:
             return RefusedRow(pair.origin, "rejected", EQUAL_AFTER_TRUNCATION)
         self.counts.truncated_prompts += len(prompt) < len(whole_prompt)
         # A whole answer is longer than its text by the end token.
-        self.counts.truncated_completions += len(chosen) <= len(chosen_ids)
-        self.counts.truncated_completions += len(rejected) <= len(rejected_ids)
-        return TokenizedPair(prompt, chosen, rejected, pair.category, pair.confidence, pair.origin)
+        truncated = (len(chosen) <= len(chosen_ids)) + (len(rejected) <= len(rejected_ids))
+        self.counts.truncated_completions += truncated
+        is_whole = not truncated and len(prompt) == len(whole_prompt)
+        logps = self._reference_logps(pair, is_whole)
+        return TokenizedPair(prompt, chosen, rejected, pair.category, pair.confidence, pair.origin, *logps)
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        """Start with exactly one BOS if the template or the tokenizer wants one."""
-        if self._bos_id is None:
-            return ids
-        written = next((i for i, id_ in enumerate(ids) if id_ != self._bos_id), len(ids))
-        return [self._bos_id, *ids[written:]] if written or self._adds_bos else ids
+    def _reference_logps(self, pair: PreferencePair, is_whole: bool) -> tuple[float | None, float | None]:
+        """The log-probs that the row brings along, unless they are of more than is left of the pair."""
+        if pair.reference_logps is None:
+            return None, None
+        self.counts.reference_logps += is_whole
+        self.counts.dropped_reference_logps += not is_whole
+        return pair.reference_logps if is_whole else (None, None)
 
     def _fit_prompt(self, ids: list[int]) -> list[int]:
         excess = len(ids) - self.max_prompt_length
         if excess <= 0:
             return ids
-        kept = 1 if ids[0] == self._bos_id else 0
+        kept = 1 if ids[0] == self.tokenizer.bos_token_id else 0
         return ids[:kept] + ids[kept + excess :]
 
     def _fit_completion(self, ids: list[int], prompt_length: int) -> list[int]:
         room = self.max_length - prompt_length
-        return [*ids, self._form.end_id] if len(ids) < room else ids[:room]
+        return [*ids, self._chat.form.end_id] if len(ids) < room else ids[:room]
 
     def _completion_text(self, answer: str) -> str:
-        return self._form.opening + answer + self._form.closing
-
-    def _render_all(self, prompts: Sequence[Prompt]) -> list[str | Exception]:
-        """Render prompts to text for the encoder; the exception of the template where it refuses one."""
-        conversations = [self._protected(prompt) for prompt in prompts]
-        try:
-            return [self._encoder.reveal(text) for text in self._render(conversations)]
-        except Exception:  # a template is a program and raises what it likes; one conversation spoils the batch
-            return [self._render_one(conversation) for conversation in conversations]
-
-    def _render_one(self, conversation: list[Message]) -> str | Exception:
-        try:
-            return self._encoder.reveal(self._render([conversation])[0])
-        except Exception as error:
-            return error
-
-    def _render(self, conversations: list[list[Message]], generation_prompt: bool = True) -> list[str]:
-        render: Any = self.tokenizer.apply_chat_template
-        return list(render(conversations, tokenize=False, add_generation_prompt=generation_prompt))
-
-    def _protected(self, prompt: Prompt) -> list[Message]:
-        protect = self._encoder.protect
-        if isinstance(prompt, str):
-            return [{"role": "user", "content": protect(prompt)}]
-        return [{"role": message["role"], "content": protect(message["content"])} for message in prompt]
-
-    def _find_answer_form(self) -> _AnswerForm:
-        """Learn from a rendered conversation what the template writes around an answer."""
-        answer = f"answer{secrets.token_hex(8)}"
-        question: Message = {"role": "user", "content": "question"}
-        try:
-            (prompt,) = self._render([[question]])
-            conversation: list[Message] = [question, {"role": "assistant", "content": answer}]
-            (whole,) = self._render([conversation], generation_prompt=False)
-        except Exception as error:
-            raise UsageError(
-                f"the chat template cannot render one question and its answer: {error}; "
-                "choose another with --prompt_template."
-            ) from error
-        before, _, after = whole.partition(answer)
-        # Where the prompt is no prefix (it opens a thought), the answer follows the prompt directly.
-        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        end = self._encoder.pattern.search(after)
-        if end:
-            return _AnswerForm(
-                self._encoder.reveal(opening),
-                after[: end.start()],
-                int(self.tokenizer.convert_tokens_to_ids(end[0])),  # type: ignore[arg-type]
-            )
-        if self.tokenizer.eos_token_id is None:
-            raise UsageError(
-                "no token ends an answer: the chat template writes none and the tokenizer has no eos_token; "
-                "set eos_token in tokenizer_config.json."
-            )
-        return _AnswerForm(self._encoder.reveal(opening), "", int(self.tokenizer.eos_token_id))
+        form = self._chat.form
+        return form.opening + answer + form.closing
 
 
 def _check_limits(max_length: int, max_prompt_length: int) -> None:

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model": {},
     "lora": {"lora_r": 16, "lora_alpha": 32},
     "data": {"max_length": 192, "max_prompt_length": 96},
+    "store": {},
     "loss": {},
     "training": {
         "output_dir": Path("runs/demo"),

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from qlora_dpo.models.lora import reference_active
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer, and whether the model ended it or the limit did."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
 
 
 def generate(
@@ -52,6 +61,48 @@ def generate(
     return answers
 
 
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end_token_ids: Sequence[int],
+    temperature: float,
+) -> list[Completion]:
+    """One answer to each prompt, all in one batch; each is drawn by its own seed, whatever else is in the batch.
+
+    The model must be in `eval()`.
+    """
+    draw = _DrawBySeed(seeds, temperature, max_new_tokens, model.device) if temperature > 0 else None
+    with torch.no_grad():
+        ids = _generate_batch(model, tokenizer, list(prompts), max_new_tokens, end_token_ids, 0.0, draw=draw)
+    ends = torch.isin(ids, torch.tensor(list(end_token_ids), device=ids.device)).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [Completion(text.strip(), "stop" if end else "length") for text, end in zip(texts, ends, strict=True)]
+
+
+class _DrawBySeed:
+    """A logits processor that leaves one token to choose, drawn by inverting the distribution at a number which depends
+    on nothing but the row's seed and the token's place."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, max_new_tokens: int, device: torch.device) -> None:
+        self._temperature = temperature
+        self._place = 0
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        numbers = [torch.rand(max_new_tokens, generator=generator, dtype=torch.float64) for generator in generators]
+        self._numbers = torch.stack(numbers).to(device)
+
+    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # In double precision, so that the number stays below the sum and no token without probability is drawn.
+        sums = torch.softmax(scores.float() / self._temperature, dim=-1).double().cumsum(dim=-1)
+        number = self._numbers[:, self._place, None] * sums[:, -1:]
+        self._place += 1
+        drawn = torch.searchsorted(sums, number, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+
 def _generate_batch(
     model: Any,
     tokenizer: Any,
@@ -59,10 +110,11 @@ def _generate_batch(
     max_new_tokens: int,
     ends: Sequence[int],
     temperature: float,
-    pause: Callable[[], None],
+    pause: Callable[[], None] = lambda: None,
+    draw: _DrawBySeed | None = None,
 ) -> torch.Tensor:
-    """New token ids [B, <= max_new_tokens] of left-padded prompts."""
-    from transformers import StoppingCriteriaList
+    """New token ids [B, <= max_new_tokens] of left-padded prompts; `draw` chooses them in place of transformers."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id
@@ -74,9 +126,14 @@ def _generate_batch(
         pause()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    if draw:  # nothing but the temperature changes the model's distribution, whatever its generation_config.json says
+        sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     output: torch.Tensor = model.generate(
         input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
-        eos_token_id=list(ends), stopping_criteria=StoppingCriteriaList([never_enough]), **sampling,
+        eos_token_id=list(ends), stopping_criteria=StoppingCriteriaList([never_enough]),
+        logits_processor=LogitsProcessorList([draw] if draw else []), **sampling,
     )  # fmt: skip
     return output[:, width:]

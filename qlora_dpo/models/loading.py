@@ -60,8 +60,8 @@ def load_base(
 
     disable_progress_bar()
     config = load_config(name, revision, trust_remote_code)
-    _check_local_weights(name)
-    _refuse_hidden_adapter(name, revision)
+    check_local_weights(name)
+    refuse_hidden_adapter(name, revision)
     disable_dropout(config)
     if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
         check_cpu_quantizable(config, trust_remote_code)
@@ -189,7 +189,7 @@ def _source(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     return source | ({"code_revision": revision} if trust_remote_code else {})
 
 
-def _refuse_hidden_adapter(name: str, revision: str | None) -> None:
+def refuse_hidden_adapter(name: str, revision: str | None) -> None:
     """Transformers silently loads an adapter that lies beside a model, pickled or not, and the base would not be it."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -208,7 +208,7 @@ def _check_local_folder(name: str) -> None:
         raise StorageError(f"{name}: there is no such model folder. Name an existing folder or a Hub id (ORG/NAME).")
 
 
-def _check_local_weights(name: str) -> None:
+def check_local_weights(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         others = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)

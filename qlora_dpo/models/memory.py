@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_dpo.data.packing import LayoutKind, PackedBatch, Pair, pack
+from qlora_dpo.data.packing import LayoutKind, PackedBatch, Sample, pack
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import Level, set_activation_checkpointing
 from qlora_dpo.models.lora import trainable_parameters
@@ -67,8 +67,8 @@ class Activations:
         return peak
 
 
-def count_activations(skeleton: Skeleton, pairs: Sequence[Pair], kind: LayoutKind, device_type: str) -> Activations:
-    """Follow one micro-batch of these pairs at each level, as a device of that type would run it.
+def count_activations(skeleton: Skeleton, samples: Sequence[Sample], kind: LayoutKind, device_type: str) -> Activations:
+    """Follow one micro-batch of these samples at each level, as a device of that type would run it.
 
     Raises:
         ModelError: the architecture cannot run in this layout, or needs data in its forward pass.
@@ -77,7 +77,7 @@ def count_activations(skeleton: Skeleton, pairs: Sequence[Pair], kind: LayoutKin
     own_attention = causal_lm.config._attn_implementation
     reasons = [why_not_shared(causal_lm) if kind == "shared" else None]
     try:
-        for batch in _on_meta(pack(pairs, kind)) if reasons == [None] else []:
+        for batch in _on_meta(pack(samples, kind)) if reasons == [None] else []:
             try:
                 return _count(skeleton, batch, kind, device_type)
             except Exception as error:  # whatever the architecture's code raises without data

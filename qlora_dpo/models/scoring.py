@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_dpo.data.packing import LayoutKind, PackedBatch, Pair, pack
+from qlora_dpo.data.conversation_tokens import TokenizedConversation
+from qlora_dpo.data.packing import LayoutKind, PackedBatch, Sample, pack, prompt_and_completions
 from qlora_dpo.models import attention
-from qlora_dpo.objectives.logps import chunked_logps, chunked_logps_and_squares
+from qlora_dpo.objectives.logps import chunked_logps, chunked_logps_and_hits, chunked_logps_and_squares
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +32,25 @@ class Head:
     def logps(self, hidden: Tensor, target_ids: Tensor, with_squares: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs [N] in fp32 of `target_ids` [N] given the hidden states [N, H] that predict them, and on request
         log(sum_v p_v^2) [N] of the same positions."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        form: dict[str, Any] = {
+        if with_squares:
+            return chunked_logps_and_squares(hidden, self._weight, target_ids, **self._form)
+        return chunked_logps(hidden, self._weight, target_ids, **self._form), None
+
+    def logps_and_hits(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probs [N], and whether no token is likelier than the target."""
+        return chunked_logps_and_hits(hidden, self._weight, target_ids, **self._form)
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        return {
             "head_bias": getattr(self.module, "bias", None),
             "softcap": self.softcap,
             "logit_scale": self.scale,
         }
-        if with_squares:
-            return chunked_logps_and_squares(hidden, weight, target_ids, **form)
-        return chunked_logps(hidden, weight, target_ids, **form), None
 
 
 @dataclass(frozen=True)
@@ -62,29 +71,34 @@ class Scorer:
         """The log-probs [N], and log(sum_v p_v^2) [N] of the same positions, which WPO reads."""
         causal_lm = model.get_base_model()
         if self.head is None:
-            return _own_logps(causal_lm, batch)
-        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        output = decoder(**_inputs(batch), use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)  # (rows * T, H)
-        return self.head.logps(hidden.index_select(0, batch.predictor_index), batch.target_ids, with_squares)
+            return _own_logps(causal_lm, batch)[:2]
+        return self.head.logps(_predicting(causal_lm, batch), batch.target_ids, with_squares)
+
+    def per_token_logps_and_hits(self, model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """The log-probs [N], and whether no token is likelier than the target."""
+        causal_lm = model.get_base_model()
+        if self.head is None:
+            logps, _, hits = _own_logps(causal_lm, batch)
+            return logps, hits
+        return self.head.logps_and_hits(_predicting(causal_lm, batch), batch.target_ids)
 
 
-def choose_scorer(model: Any, pair: Pair, device: torch.device) -> Scorer:
-    """The fastest scorer that gives this model's own log-probs on a real pair.
+def choose_scorer(model: Any, sample: Sample, device: torch.device) -> Scorer:
+    """The fastest scorer that gives this model's own log-probs on a real pair or conversation.
 
     Tries the shared layout, then padded rows, both with the chunked head; falls back to the model's own logits.
     """
     causal_lm = model.get_base_model()
     head = _find_head(causal_lm)
-    plain = pack([pair], "padded").to(device)
+    plain = pack([sample], "padded").to(device)
     own_attention = causal_lm.config._attn_implementation
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            expected, _ = _own_logps(causal_lm, plain)
+            expected = _own_logps(causal_lm, plain)[0]
             for scorer in (Scorer("shared", head), Scorer("padded", head)):
-                reason = _disagreement(scorer, model, pair, expected, device)
+                reason = _disagreement(scorer, model, sample, expected, device)
                 if reason is None:
                     return scorer
                 logger.warning(
@@ -99,7 +113,7 @@ def choose_scorer(model: Any, pair: Pair, device: torch.device) -> Scorer:
     return Scorer("padded", None)
 
 
-def _disagreement(scorer: Scorer, model: Any, pair: Pair, expected: Tensor, device: torch.device) -> str | None:
+def _disagreement(scorer: Scorer, model: Any, sample: Sample, expected: Tensor, device: torch.device) -> str | None:
     """Why this scorer cannot be used, or None when it reproduces `expected` [N]."""
     causal_lm = model.get_base_model()
     if scorer.kind == "shared":
@@ -108,7 +122,7 @@ def _disagreement(scorer: Scorer, model: Any, pair: Pair, expected: Tensor, devi
             return reason
     try:
         with attention.counted_calls() as calls:
-            found = scorer.per_token_logps(model, pack([pair], scorer.kind).to(device))
+            found = scorer.per_token_logps(model, pack([sample], scorer.kind).to(device))
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -118,31 +132,23 @@ def _disagreement(scorer: Scorer, model: Any, pair: Pair, expected: Tensor, devi
         return f"{calls.count} of {layers} layers use the shared attention"
     difference = (found - expected).abs().mean().item()
     limit = TOLERANCE.get(causal_lm.dtype, TOLERANCE[torch.bfloat16])
-    if difference <= limit or difference <= NOISE_MARGIN * _own_noise(causal_lm, pair, expected, device):
+    if difference <= limit or difference <= NOISE_MARGIN * _own_noise(causal_lm, sample, expected, device):
         return None
     return f"log-probs differ by {difference:.2g} per token"
 
 
-@dataclass(frozen=True)
-class _SameTwice:
-    """A pair of one completion and itself: two rows without padding."""
-
-    prompt_ids: Sequence[int]
-    chosen_ids: Sequence[int]
-
-    @property
-    def rejected_ids(self) -> Sequence[int]:
-        return self.chosen_ids
-
-
-def _own_noise(causal_lm: Any, pair: Pair, expected: Tensor, device: torch.device) -> float:
-    """How far the plain path is from itself when a row's padding changes: the rounding of this model."""
-    borders = (0, len(pair.chosen_ids), len(pair.chosen_ids) + len(pair.rejected_ids))
+def _own_noise(causal_lm: Any, sample: Sample, expected: Tensor, device: torch.device) -> float:
+    """How far the plain path is from itself when a row's padding or the number of rows changes: the rounding of this
+    model."""
+    prompt_ids, completions = prompt_and_completions(sample)
     noise = []
-    for completion, (start, end) in zip((pair.chosen_ids, pair.rejected_ids), pairwise(borders), strict=True):
-        unpadded = pack([_SameTwice(pair.prompt_ids, completion)], "padded").to(device)
-        logps, _ = _own_logps(causal_lm, unpadded)
-        noise.append((logps[: end - start] - expected[start:end]).abs().mean().item())
+    expected_of = expected.split([len(completion.targets) for completion in completions])
+    for completion, logps in zip(completions, expected_of, strict=True):
+        places = [len(prompt_ids) + place for place in completion.targets]
+        borders = [border for place in places for border in (place, place + 1)]
+        alone = TokenizedConversation([*prompt_ids, *completion.ids], borders)
+        twice = _own_logps(causal_lm, pack([alone, alone], "padded").to(device))[0]
+        noise.append((twice[: len(logps)] - logps).abs().mean().item())
     return max(noise)
 
 
@@ -172,12 +178,21 @@ def _inputs(batch: PackedBatch) -> dict[str, Any]:
     return inputs | {"attention_mask": empty, "prefix_layout": batch.layout}
 
 
-def _own_logps(causal_lm: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """The plain path: padded rows through the model as it came, full logits."""
+def _predicting(causal_lm: Any, batch: PackedBatch) -> Tensor:
+    """Hidden states [N, H] at the positions that predict."""
+    decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+    output = decoder(**_inputs(batch), use_cache=False)
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)  # (rows * T, H)
+    return hidden.index_select(0, batch.predictor_index)
+
+
+def _own_logps(causal_lm: Any, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain path: padded rows through the model as it came, full logits; log-probs, log(sum_v p_v^2) and hits."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     logits = causal_lm(**inputs, use_cache=False).logits.flatten(0, 1)
     logps = logits.index_select(0, batch.predictor_index).float().log_softmax(-1)
-    return logps.gather(1, batch.target_ids[:, None])[:, 0], (2 * logps.detach()).logsumexp(-1)
+    of_targets = logps.gather(1, batch.target_ids[:, None])[:, 0]
+    return of_targets, (2 * logps.detach()).logsumexp(-1), of_targets.detach() >= logps.detach().amax(-1)
 
 
 def _find_head(causal_lm: Any) -> Head:

@@ -45,8 +45,7 @@ def chunked_logps(
     Gradients reach `hidden` and, only where they require it, the head's weight and bias.
     """
     head = _Head(head_weight, head_bias, softcap, logit_scale, *_tile_size(hidden, token_chunk, vocab_chunk))
-    logps, _ = _token_logps(hidden, target_ids, head, want_squares=False)
-    return logps
+    return _token_logps(hidden, target_ids, head, want_squares=False)[0]
 
 
 def chunked_logps_and_squares(
@@ -65,7 +64,25 @@ def chunked_logps_and_squares(
     The second is what WPO (arXiv 2406.11827, eq. 2) aligns the weights of a pair with.
     """
     head = _Head(head_weight, head_bias, softcap, logit_scale, *_tile_size(hidden, token_chunk, vocab_chunk))
-    return _token_logps(hidden, target_ids, head, want_squares=True)
+    logps, log_squares, _ = _token_logps(hidden, target_ids, head, want_squares=True)
+    return logps, log_squares
+
+
+def chunked_logps_and_hits(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    head_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `chunked_logps` and, from the same scan, whether no token is likelier than the target: bool `[N]`."""
+    head = _Head(head_weight, head_bias, softcap, logit_scale, *_tile_size(hidden, token_chunk, vocab_chunk))
+    logps, _, hits = _token_logps(hidden, target_ids, head, want_squares=False)
+    return logps, hits
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,9 @@ class _Scan:
         target = torch.exp(self.target_logits - self.maximum)
         return torch.log(self.squares + target.square()) - 2 * torch.log(self.others + target)
 
+    def hits(self) -> Tensor:
+        return self.target_logits >= self.maximum
+
     def unit_gradient(self, head: _Head, target_ids: Tensor) -> Tensor:
         """d log p(target) / d hidden, `[n, H]`."""
         assert self.pull is not None
@@ -164,7 +184,7 @@ def _scan_vocabulary(hidden: Tensor, target_ids: Tensor, head: _Head, squares: b
 
 
 class _TokenLogps(torch.autograd.Function):
-    """`(hidden, weight, bias) -> (logps, log_squares)`; `head` holds the last two as well."""
+    """`(hidden, weight, bias) -> (logps, log_squares, hits)`; `head` holds the last two as well."""
 
     @staticmethod
     def forward(
@@ -176,14 +196,16 @@ class _TokenLogps(torch.autograd.Function):
         head: _Head,
         want_squares: bool,
         want_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         trains_hidden = want_gradients and hidden.requires_grad
         logps = torch.empty(len(hidden), dtype=head.dtype, device=hidden.device)
         log_normalizers, log_squares = torch.empty_like(logps), torch.empty_like(logps)
+        hits = torch.empty_like(logps, dtype=torch.bool)
         unit_gradients = torch.empty_like(hidden) if trains_hidden else None
         for rows in _slices(len(hidden), head.token_chunk):
             scan = _scan_vocabulary(hidden[rows].to(weight.dtype), target_ids[rows], head, want_squares, trains_hidden)
             logps[rows] = scan.logps()
+            hits[rows] = scan.hits()
             log_normalizers[rows] = scan.target_logits - logps[rows]
             if want_squares:
                 log_squares[rows] = scan.log_squares()
@@ -193,12 +215,12 @@ class _TokenLogps(torch.autograd.Function):
         trains_head = want_gradients and (weight.requires_grad or (bias is not None and bias.requires_grad))
         ctx.head = head if trains_head else None
         ctx.save_for_backward(unit_gradients, *((hidden, target_ids, log_normalizers) if trains_head else ()))
-        ctx.mark_non_differentiable(log_squares)
-        return logps, log_squares
+        ctx.mark_non_differentiable(log_squares, hits)
+        return logps, log_squares, hits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         unit_gradients, *for_head = ctx.saved_tensors
         grad_hidden, grad_weight, grad_bias = None, None, None
         if unit_gradients is not None:
@@ -208,13 +230,13 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _token_logps(hidden: Tensor, target_ids: Tensor, head: _Head, want_squares: bool) -> tuple[Tensor, Tensor]:
+def _token_logps(hidden: Tensor, target_ids: Tensor, head: _Head, want_squares: bool) -> tuple[Tensor, Tensor, Tensor]:
     # Without autocast: it would change the dtype of the products in forward but not in backward
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, log_squares = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        logps, log_squares, hits = _TokenLogps.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, target_ids, head, want_squares, torch.is_grad_enabled()
         )
-    return logps, log_squares
+    return logps, log_squares, hits
 
 
 def _head_gradients(

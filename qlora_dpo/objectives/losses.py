@@ -21,7 +21,8 @@ class LossSettings:
     """The numbers that shape a loss."""
 
     beta: float
-    label_smoothing: float
+    label_smoothing: float | Tensor
+    """One share of flipped labels for all pairs, or `[B]`."""
     discopop_tau: float
 
 
@@ -55,9 +56,10 @@ def ipo_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
 
 def exo_pair_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
     """EXO-pref (arXiv 2402.00856, eq. 16) with K = 2: KL of (sigma(m), sigma(-m)) from (1 - eps, eps)."""
-    margins, smoothing = inputs.margins, settings.label_smoothing
-    chosen = torch.sigmoid(margins) * (logsigmoid(margins) - math.log1p(-smoothing))
-    rejected = torch.sigmoid(-margins) * (logsigmoid(-margins) - math.log(smoothing))
+    margins = inputs.margins
+    log_right, log_flipped = _log_shares(settings.label_smoothing)
+    chosen = torch.sigmoid(margins) * (logsigmoid(margins) - log_right)
+    rejected = torch.sigmoid(-margins) * (logsigmoid(-margins) - log_flipped)
     return chosen + rejected
 
 
@@ -127,8 +129,15 @@ def sft_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
     return inputs.pairs.chosen_nll / inputs.pairs.mean_chosen_length
 
 
-def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
+def _smoothed(margins: Tensor, label_smoothing: float | Tensor) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+
+
+def _log_shares(flipped: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Logarithms of the share of right labels and of the share of flipped ones."""
+    if isinstance(flipped, Tensor):
+        return torch.log1p(-flipped), torch.log(flipped)
+    return math.log1p(-flipped), math.log(flipped)
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,8 @@ class PreferenceLoss:
     """Sorts a group of pairs: it must stay in one micro-batch, and no loss belongs to a single pair."""
     smooths_labels: bool = False
     """Reads `label_smoothing`."""
+    most_smoothing: float = 0.5
+    """Where the smoothing of a pair ends that its confidence asks for."""
     needs_token_normalizer: bool = False
     """Reads `mean_chosen_length`."""
 
@@ -157,7 +168,8 @@ LOSSES: dict[str, PreferenceLoss] = {
     "ipo": PreferenceLoss(ipo_loss, length_averaged=True),
     "exo_pair": PreferenceLoss(exo_pair_loss, smooths_labels=True),
     "nca_pair": PreferenceLoss(nca_pair_loss, supports_f_divergence=False),
-    "robust": PreferenceLoss(robust_loss, smooths_labels=True),
+    # It divides by 1 - 2 epsilon: at 0.4 a pair counts five times, at 0.5 its loss would be infinite
+    "robust": PreferenceLoss(robust_loss, smooths_labels=True, most_smoothing=0.4),
     "bco_pair": PreferenceLoss(bco_pair_loss, supports_f_divergence=False),
     "sppo_hard": PreferenceLoss(sppo_hard_loss, supports_f_divergence=False),
     "aot": PreferenceLoss(aot_loss, supports_f_divergence=False, couples_pairs=True, smooths_labels=True),

@@ -28,6 +28,8 @@ class Objective:
     ld_alpha: float | None
     use_weighting: bool
     """WPO: the loop must then pass `per_token_log_squares`."""
+    confidence_as: str = "weight"
+    """weight: confidence multiplies a pair's loss; label_smoothing: 1 - confidence is its share of flipped labels."""
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +63,7 @@ class Objective:
         """Gather what this objective reads about the B pairs of a micro-batch.
 
         The three `per_token` rows `[N]` run over all completion tokens in the order of `lengths`: chosen_0,
-        rejected_0, chosen_1, ... `confidence`, B numbers in (0, 1], multiplies the loss of each pair.
+        rejected_0, chosen_1, ... `confidence`, B numbers in (0, 1], acts on each pair as `confidence_as` says.
         `mean_chosen_length` is counted over the whole optimizer step.
 
         Raises: ValueError where a needed argument is missing; UsageError for confidence with coupled pairs.
@@ -71,7 +73,9 @@ class Objective:
         is_scaled = self.ld_alpha is not None
         unscaled = pair_logps(policy_per_token_logps, lengths) if is_scaled else policy
         unscaled_reference = pair_logps(reference_per_token_logps, lengths) if is_scaled else reference
-        weights = self._confidence_weights(confidence, like=policy.chosen)
+        is_weight = self.confidence_as == "weight"
+        weights = self._confidence_weights(confidence, like=policy.chosen) if is_weight else None
+        smoothing = None if is_weight else _confidence_smoothing(confidence, like=policy.chosen)
         if self.use_weighting:
             if per_token_log_squares is None:
                 raise ValueError("WPO weighting needs per_token_log_squares")
@@ -86,6 +90,7 @@ class Objective:
             chosen_nll=-unscaled.chosen,
             reference_chosen_nll=-unscaled_reference.chosen,
             weights=weights,
+            label_smoothing=smoothing,
             mean_chosen_length=mean_chosen_length,
         )
 
@@ -93,7 +98,8 @@ class Objective:
         """Return the loss of each pair, `[B]`; the loss of an optimizer step is the mean over its pairs."""
         losses = torch.zeros_like(pairs.policy.chosen)
         for loss, weight in self.terms:
-            losses = losses + weight * loss.function(self._inputs(pairs, loss.length_averaged), self.settings)
+            inputs, settings = self._inputs(pairs, loss.length_averaged), self._settings(pairs, loss)
+            losses = losses + weight * loss.function(inputs, settings)
         return losses if pairs.weights is None else losses * pairs.weights
 
     def with_term(self, name: str, weight: float) -> "Objective":
@@ -114,12 +120,26 @@ class Objective:
             )
         return torch.tensor(confidence, dtype=like.dtype, device=like.device)
 
+    def _settings(self, pairs: PairStatistics, loss: PreferenceLoss) -> LossSettings:
+        """The settings of the run, with each pair's own smoothing where that is the larger one."""
+        if pairs.label_smoothing is None:
+            return self.settings
+        smoothing = pairs.label_smoothing.clamp(max=loss.most_smoothing).clamp(min=self.settings.label_smoothing)
+        return replace(self.settings, label_smoothing=smoothing)
+
     def _inputs(self, pairs: PairStatistics, length_averaged: bool) -> LossInputs:
         chosen = self.beta * self.divergence(pairs.policy.chosen - pairs.reference.chosen)
         rejected = self.beta * self.divergence(pairs.policy.rejected - pairs.reference.rejected)
         if length_averaged:
             chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
         return LossInputs(chosen_rewards=chosen, rejected_rewards=rejected, pairs=pairs)
+
+
+def _confidence_smoothing(confidence: Sequence[float] | None, like: Tensor) -> Tensor:
+    # Also where all are 1: a pair's loss must not depend on the pairs beside it, not even by a rounding
+    if confidence is None:
+        return torch.zeros_like(like)
+    return 1 - torch.tensor(confidence, dtype=like.dtype, device=like.device)
 
 
 def make_objective(
@@ -133,8 +153,11 @@ def make_objective(
     discopop_tau: float = DISCOPOP_TAU,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
+    confidence_as: str = "weight",
 ) -> Objective:
     """Build the objective that these options name; names and meanings are those of TRL's DPOConfig.
+
+    `confidence_as`, weight or label_smoothing, is this tool's own: what a pair's confidence below 1 does.
 
     Raises: UsageError for an unknown name, a value out of range, or an option that no chosen loss would read.
     """
@@ -158,12 +181,14 @@ def make_objective(
     _check_label_smoothing(loss_type, label_smoothing)
     _check_divergence(loss_type, f_divergence_type, f_alpha_divergence_coef)
     _check_combination(loss_type, discopop_tau, use_weighting)
+    _check_confidence_as(loss_type, confidence_as)
     return Objective(
         terms=tuple((LOSSES[name], weight) for name, weight in zip(loss_type, weights, strict=True)),
         settings=LossSettings(beta, label_smoothing, discopop_tau),
         divergence=partial(F_DIVERGENCES[f_divergence_type], f_alpha_divergence_coef),
         ld_alpha=ld_alpha,
         use_weighting=use_weighting,
+        confidence_as=confidence_as,
     )
 
 
@@ -244,4 +269,16 @@ def _check_combination(loss_type: Sequence[str], discopop_tau: float, use_weight
     _require(
         discopop_tau == DISCOPOP_TAU or "discopop" in loss_type,
         f"discopop_tau is {discopop_tau}, but {', '.join(loss_type)} would ignore it. Leave it out, or use discopop.",
+    )
+
+
+def _check_confidence_as(loss_type: Sequence[str], confidence_as: str) -> None:
+    _check_names("confidence_as", [confidence_as], ("weight", "label_smoothing"))
+    able = _names(lambda loss: loss.smooths_labels and not loss.couples_pairs)
+    # The sft term learns the chosen answer alone: no label of it can be flipped.
+    unable = [name for name in loss_type if name not in (*able, "sft")] or ([] if set(able) & {*loss_type} else ["sft"])
+    _require(
+        confidence_as == "weight" or not unable,
+        f"confidence_as label_smoothing does not work with {', '.join(unable)}: no smoothing of one pair's label is "
+        f"defined there. Use confidence_as weight, or losses among {', '.join(able)}.",
     )

@@ -33,6 +33,8 @@ class PairStatistics:
     """The same under the reference."""
     weights: Tensor | None = None
     """What each pair's loss is multiplied by; None where every pair counts once."""
+    label_smoothing: Tensor | None = None
+    """The share of flipped labels that each pair's confidence stands for; None where it is no matter of labels."""
     mean_chosen_length: float | None = None
     """Chosen tokens of the whole optimizer step divided by its pairs; only the `sft` term needs it."""
 

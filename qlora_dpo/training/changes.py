@@ -22,6 +22,7 @@ ONE_TIME = {"fresh", "allow_changed"}
 FREE = ONE_TIME | {
     "output_dir", "report_to", "run_name", "logging_steps", "eval_steps", "save_steps", "save_minutes",
     "save_total_limit", "sample_generate", "max_new_tokens", "max_tokens_per_microbatch", "activation_checkpointing",
+    "lint", "reference_store", "max_drift",
 }  # fmt: skip
 # Options that checkpoints are made of: nothing could go on from one with other values.
 FIXED = {"lora_r", "lora_target_modules", "optim"}

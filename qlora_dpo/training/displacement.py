@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
@@ -34,6 +34,31 @@ NLL_WEIGHT = 1.0
 Mode = Literal["warn", "nll", "stop"]
 
 
+class Guard(Protocol):
+    """What follows a run's metrics from step to step."""
+
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+    def observe(self, number: int, metrics: dict[str, float]) -> dict[str, float]: ...
+    def check(self, number: int, saver: Saver) -> None: ...
+
+
+class NoGuard:
+    """Follows nothing: without a reference nothing can fall against it."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+    def observe(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def check(self, number: int, saver: Saver) -> None:
+        """Nothing to end the run for."""
+
+
 @dataclass
 class DisplacementGuard:
     """Follows the smoothed shift of the chosen answers; its state is part of every checkpoint.
@@ -50,6 +75,7 @@ class DisplacementGuard:
     _verdict: str | None = None
 
     def __post_init__(self) -> None:
+        assert isinstance(self.engine.objective, Objective)
         self._asked = self.engine.objective
 
     def state(self) -> dict[str, Any]:

@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from qlora_dpo.config.training import TrainConfig, quantization_of
-from qlora_dpo.data.packing import LayoutKind
+from qlora_dpo.data.conversation_tokens import TokenizedConversation
+from qlora_dpo.data.dataset import ConversationDataset
+from qlora_dpo.data.packing import LayoutKind, Sample
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import Level, decoder_layers
 from qlora_dpo.models.lora import POLICY
@@ -59,14 +61,60 @@ class PairLengths:
         """Mean lengths of prompt, chosen and rejected."""
         return float(self.prompt.mean()), float(self.chosen.mean()), float(self.rejected.mean())
 
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """Tokens of each pair that are predicted."""
+        return self.chosen + self.rejected
 
-def pair_lengths(data: TrainingData, indices: Sequence[int]) -> PairLengths:
-    """The lengths of these pairs."""
+    @property
+    def shared(self) -> NDArray[np.int64]:
+        """Tokens of each pair that the shared layout puts through the model once instead of twice."""
+        return self.prompt
+
+    def made(self, tokens: int, kind: LayoutKind) -> Sequence[Sample]:
+        """Pairs of these lengths that put about `tokens` tokens through the model."""
+        return made_pairs(tokens, kind, self.mean())
+
+
+@dataclass(frozen=True)
+class ConversationLengths:
+    """Tokens of every conversation, those before its first learned one, and those learned, each an array [samples]."""
+
+    tokens: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    def costs(self, kind: LayoutKind) -> NDArray[np.int64]:
+        """Tokens that each conversation puts through the model, in either layout."""
+        return self.tokens - 1
+
+    @property
+    def shared(self) -> NDArray[np.int64]:
+        """No conversation shares anything."""
+        return np.zeros_like(self.tokens)
+
+    def made(self, tokens: int, kind: LayoutKind) -> Sequence[Sample]:
+        """Conversations of these lengths, learned in one turn, that put `tokens` tokens through the model."""
+        cost, learned = float(self.costs(kind).mean()), float(self.targets.sum() / self.tokens.sum())
+        count = min(max(1, round(tokens / cost)), max(1, tokens // 2))
+        lengths = [tokens // count + (number < tokens % count) + 1 for number in range(count)]
+        return [
+            TokenizedConversation([0] * length, [min(length - 1, max(1, round(length * (1 - learned)))), length])
+            for length in lengths
+        ]
+
+
+Lengths = PairLengths | ConversationLengths
+
+
+def lengths_of(data: TrainingData, indices: Sequence[int]) -> Lengths:
+    """The lengths of these samples."""
     columns = zip(*(source.lengths() for source in data.sources), strict=True)
-    return PairLengths(*(np.concatenate(column)[list(indices)] for column in columns))
+    lengths = ConversationLengths if isinstance(data.sources[0], ConversationDataset) else PairLengths
+    return lengths(*(np.concatenate(column)[list(indices)] for column in columns))
 
 
-def largest_micro_batch(lengths: PairLengths | None, kind: LayoutKind, budget: int, pairs_per_step: int) -> int:
+def largest_micro_batch(lengths: Lengths | None, kind: LayoutKind, budget: int, pairs_per_step: int) -> int:
     """Tokens of the largest micro-batch that this budget can lead to; without data the budget itself."""
     if lengths is None:
         return budget
@@ -156,9 +204,9 @@ def levels_of_run(
         )  # fmt: skip
         if len(skeleton.kinds) != len(decoder_layers(policy)):
             raise ModelError(f"{type(base).__name__} has layers outside its decoder. Set --activation_checkpointing.")
-        lengths = pair_lengths(data, data.train)
+        lengths = lengths_of(data, data.train)
         tokens = largest_micro_batch(lengths, kind, asked_tokens(config, device.type), config.pairs_per_step)
-        counted = count_activations(skeleton, made_pairs(tokens, kind, lengths.mean()), kind, device.type)
+        counted = count_activations(skeleton, lengths.made(tokens, kind), kind, device.type)
     except ModelError as error:
         print(f"Activation checkpointing: {UNCOUNTED}; {error}", file=sys.stderr)
         return UNCOUNTED

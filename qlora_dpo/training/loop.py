@@ -1,4 +1,4 @@
-"""The training loop: pairs, gradient, check, clip, step, log, evaluate, save, stop if asked."""
+"""The training loop: samples, gradient, check, clip, step, log, evaluate, save, stop if asked."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from qlora_dpo.errors import Interrupted, TrainingError
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.training.checkpoints import rng_states
 from qlora_dpo.training.device_memory import DeviceMemory, within_memory
-from qlora_dpo.training.displacement import DisplacementGuard
+from qlora_dpo.training.displacement import DisplacementGuard, Guard, NoGuard
 from qlora_dpo.training.engine import Engine
 from qlora_dpo.training.preflight import preflight
 from qlora_dpo.training.resuming import resume
@@ -53,7 +54,7 @@ class Training:
     memory: DeviceMemory | None = None
     parameters: list[nn.Parameter] = field(init=False)
     saver: Saver = field(init=False)
-    guard: DisplacementGuard = field(init=False)
+    guard: Guard = field(init=False)
     bad_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +69,8 @@ class Training:
             minutes=self.options.save_minutes,
             keep=self.options.save_total_limit,
         )
-        self.guard = DisplacementGuard(self.engine, self.options.on_displacement)
+        has_reference = self.engine.method.has_reference
+        self.guard = DisplacementGuard(self.engine, self.options.on_displacement) if has_reference else NoGuard()
         self.saver.more_state = self.guard.state
 
 
@@ -86,7 +88,7 @@ def fit(training: Training) -> None:
     complete_evaluation(training, done)
     schedule, options = training.schedule, training.options
     progress = tqdm(
-        total=schedule.total_steps, initial=done, unit="step", desc="DPO", file=sys.stderr,
+        total=schedule.total_steps, initial=done, unit="step", desc=training.engine.method.title, file=sys.stderr,
         mininterval=0.1 if sys.stderr.isatty() else 10,
     )  # fmt: skip
     for number in range(done + 1, schedule.total_steps + 1):
@@ -96,8 +98,8 @@ def fit(training: Training) -> None:
         # Nothing but random states moves within a step, so the state after the step before is still at hand.
         with leaving(training, number - 1, rng_before, f"at step {number}"):
             metrics = gradient(training, indices, rng_before)
-        if number == 1 and not training.has_dropout:
-            check_first_step(metrics)
+        if number == 1 and training.engine.method.has_reference and not training.has_dropout:
+            check_first_step(computed_here(training, metrics, indices))
         metrics |= update(training, metrics, indices)
         metrics |= training.guard.observe(number, metrics)
         metrics |= speed(training, indices, time.perf_counter() - started) | {"epoch": schedule.epoch(number)}
@@ -166,19 +168,31 @@ def gradient(training: Training, indices: Sequence[int], rng: dict[str, Any]) ->
     return within_memory(engine, indices, rng, lambda: engine.accumulate_gradient(indices, pause))
 
 
+def computed_here(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metrics:
+    """The metrics of the first step; where stored log-probs move its rewards off 0, those against the reference as it
+    is computed here. How far stored ones may lie from these was checked before."""
+    if _largest_reward(metrics) <= IDENTITY_TOLERANCE:
+        return metrics
+    engine = replace(training.engine, reference=training.engine.reference.blank())
+    return engine.evaluate(indices, lambda: None)
+
+
 def check_first_step(metrics: Metrics) -> None:
     """Check that the untrained policy is the reference: both implicit rewards are 0 (so DPO's loss is ln 2).
 
     Raises:
         TrainingError: it is not, so the reference is wrong and every later number would be too.
     """
-    largest = max(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"]))
-    if not largest <= IDENTITY_TOLERANCE:
+    if not _largest_reward(metrics) <= IDENTITY_TOLERANCE:
         raise TrainingError(
             f"at step 1 the rewards are {metrics['rewards/chosen']:.4g} and {metrics['rewards/rejected']:.4g} (loss "
             f"{metrics['loss']:.6f}), but an untrained policy equals its reference, with rewards 0. The reference does "
             "not belong to this model: check --reference_model, or report this with the output of the env command."
         )
+
+
+def _largest_reward(metrics: Metrics) -> float:
+    return float(np.max(np.abs([metrics["rewards/chosen"], metrics["rewards/rejected"]])))
 
 
 def update(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metrics:
@@ -203,10 +217,11 @@ def update(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metr
 def _complain(training: Training, is_finite: bool, indices: Sequence[int]) -> None:
     origins = ", ".join(training.engine.pairs[index].origin for index in indices)
     what = "the gradient is zero" if is_finite else "loss or gradient is not finite, the step is skipped"
-    tqdm.write(f"warning: {what}; its pairs are {origins}", file=sys.stderr)
+    unit = training.engine.method.unit
+    tqdm.write(f"warning: {what}; its {unit} are {origins}", file=sys.stderr)
     if training.bad_steps == MAX_BAD_STEPS:
         raise TrainingError(
-            f"{what}, {MAX_BAD_STEPS} times in a row. The last pairs were {origins}. Lower --learning_rate, look at "
+            f"{what}, {MAX_BAD_STEPS} times in a row. The last {unit} were {origins}. Lower --learning_rate, look at "
             "these rows, or compare with --dtype float32."
         )
 
@@ -226,7 +241,7 @@ def evaluate_or_leave(training: Training, number: int, metrics: Metrics) -> Metr
 
 
 def evaluate(training: Training, number: int) -> Metrics:
-    """Metrics of the held-out pairs, and sample answers where they were asked for."""
+    """Metrics of the held-out samples, and sample answers where they were asked for."""
     engine, indices, pause = training.engine, training.eval_indices, training.stop.check
     metrics = within_memory(engine, indices, rng_states(), lambda: engine.evaluate(indices, pause))
     try:
@@ -261,17 +276,22 @@ def speed(training: Training, indices: Sequence[int], seconds: float) -> Metrics
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     return {
         "step_seconds": seconds,
-        "pairs_per_second": len(indices) / seconds,
+        f"{training.engine.method.unit}_per_second": len(indices) / seconds,
         "tokens_per_second": training.engine.tokens(indices) / seconds,
         "memory/peak_gib": peak,
     }
 
 
 def _shown(metrics: Metrics) -> dict[str, str]:
-    return {
-        "loss": f"{metrics['loss']:.4f}",
-        "acc": f"{metrics['rewards/accuracies']:.2f}",
-        "margin": f"{metrics['rewards/margins']:.3f}",
-        "pairs/s": f"{metrics['pairs_per_second']:.2f}",
-        "tok/s": f"{metrics['tokens_per_second']:.0f}",
-    }
+    """What there is of these, as the progress bar shows it."""
+    return {name: f"{metrics[key]:{form}}" for name, key, form in _SHOWN if key in metrics}
+
+
+_SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("acc", "rewards/accuracies", ".2f"),
+    ("acc", "mean_token_accuracy", ".3f"),
+    ("margin", "rewards/margins", ".3f"),
+    ("pairs/s", "pairs_per_second", ".2f"),
+    ("tok/s", "tokens_per_second", ".0f"),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qlora_dpo.config.training import PlanOptions, TrainConfig, quantization_of, uses_4bit
@@ -19,13 +20,14 @@ from qlora_dpo.training.levels import (
     CPU_SHARE,
     RESERVE,
     UNCOUNTED,
+    ConversationLengths,
+    Lengths,
     PairLengths,
     asked_tokens,
     available_cpu_memory,
     choose_levels,
     largest_micro_batch,
     list_of_targets,
-    made_pairs,
     trained_bytes,
 )
 from qlora_dpo.training.optimizers import optimizer_name
@@ -33,7 +35,11 @@ from qlora_dpo.training.optimizers import optimizer_name
 GIB = 2**30
 PROCESS = {"cuda": 0.8 * GIB, "cpu": 0.7 * GIB}  # CUDA's context and libraries; Python's
 SMALLEST = 512  # tokens of a micro-batch without a data set
-DEFAULT_LENGTHS = (256, 384, 384)  # of prompt, chosen and rejected without a data set
+# Without a data set: of prompt, chosen and rejected; of a conversation, what stands before the answer, and the answer.
+DEFAULT_LENGTHS: dict[str, Lengths] = {
+    "dpo": PairLengths(*np.array([[256], [384], [384]])),
+    "sft": ConversationLengths(*np.array([[640], [256], [384]])),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def has_adapter_as_reference(config: TrainConfig) -> bool:
     return config.model.reference_model not in (None, config.model.model_name_or_path)
 
 
-def plan_memory(config: TrainConfig, skeleton: Skeleton, lengths: PairLengths | None, machine: Machine) -> MemoryPlan:
+def plan_memory(config: TrainConfig, skeleton: Skeleton, lengths: Lengths | None, machine: Machine) -> MemoryPlan:
     """Choose levels and a token budget: the one asked for, or halves of it where even the last level does not fit."""
     fixed = fixed_bytes(config, skeleton, machine)
     free = machine.capacity - sum(fixed.values())
@@ -159,15 +165,15 @@ def fixed_bytes(config: TrainConfig, skeleton: Skeleton, machine: Machine) -> di
 
 
 def count_micro_batch(
-    config: TrainConfig, skeleton: Skeleton, lengths: PairLengths | None, machine: Machine, budget: int
+    config: TrainConfig, skeleton: Skeleton, lengths: Lengths | None, machine: Machine, budget: int
 ) -> tuple[LayoutKind, int, Activations | None]:
     """Layout, tokens and activations of the largest micro-batch: prompts shared, else padded rows, else uncounted."""
     kinds: tuple[LayoutKind, ...] = ("shared", "padded")
     for kind in kinds:
         tokens = largest_micro_batch(lengths, kind, budget, config.pairs_per_step)
-        pairs = made_pairs(tokens, kind, DEFAULT_LENGTHS if lengths is None else lengths.mean())
+        made = (lengths or DEFAULT_LENGTHS[config.data.objective]).made(tokens, kind)
         try:
-            return kind, tokens, count_activations(skeleton, pairs, kind, machine.device_type)
+            return kind, tokens, count_activations(skeleton, made, kind, machine.device_type)
         except ModelError:
             continue
     return kind, tokens, None

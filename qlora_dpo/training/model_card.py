@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from qlora_dpo.training.by_category import category_table
+
 CARD = """---
 {metadata}---
 
 # {name}
 
-LoRA adapter for `{base}`, trained with DPO (arXiv 2305.18290) by qlora_dpo {version}.
+LoRA adapter for `{base}`, trained with {method} by qlora_dpo {version}.
 
 ## Result
 
@@ -44,15 +46,22 @@ model = PeftModel.from_pretrained(base, "{name}")
 The adapter was trained on a base held as: {held}.
 """
 
-SHOWN = (
-    "loss_type", "beta", "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "lora_r", "lora_alpha",
-    "lora_dropout", "max_length", "max_prompt_length", "seed",
+METHODS = {
+    "dpo": "DPO (arXiv 2305.18290)",
+    "sft": "supervised fine-tuning on the assistant's turns of conversations",
+}
+_SHOWN = (
+    "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "lora_r", "lora_alpha", "lora_dropout",
+    "max_length",
 )  # fmt: skip
+SHOWN = {"dpo": ("loss_type", "beta", *_SHOWN, "max_prompt_length", "seed"), "sft": (*_SHOWN, "seed")}
 RESULTS = {
     "eval_rewards/accuracies": "held-out reward accuracy",
     "eval_rewards/margins": "held-out reward margin",
     "eval_loss": "held-out loss",
+    "eval_mean_token_accuracy": "held-out token accuracy",
     "loss": "training loss",
+    "mean_token_accuracy": "training token accuracy",
     "rewards/accuracies": "training reward accuracy",
 }
 
@@ -60,6 +69,7 @@ RESULTS = {
 def write_model_card(
     path: Path,
     *,
+    objective: str = "dpo",
     name: str,
     version: str,
     base: str,
@@ -76,19 +86,21 @@ def write_model_card(
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "datasets": [dataset],
-        "tags": ["dpo", "lora", "qlora_dpo"],
+        "tags": [objective, "lora", "qlora_dpo"],
     }
     step = last_metrics.get("step")
     results = [f"- {title}: {last_metrics[key]:.4g}" for key, title in RESULTS.items() if key in last_metrics]
+    table = category_table(last_metrics)
     held = ", ".join(f"{key}={value}" for key, value in (quantization or {}).items()) or "not quantized"
     card = CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=name,
         base=base,
+        method=METHODS[objective],
         version=version,
-        results="\n".join([f"After {step} steps:", "", *results]),
+        results="\n".join([f"After {step} steps:", "", *results, *(["", *table] if table else [])]),
         data="\n".join(f"- {line}" for line in data_summary),
-        settings="\n".join(f"- `{option}`: {options[option]}" for option in SHOWN),
+        settings="\n".join(f"- `{option}`: {options[option]}" for option in SHOWN[objective]),
         held=held,
     )
     path.write_text(card, encoding="utf-8")

@@ -6,7 +6,7 @@ from qlora_dpo.config.training import PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import ResourceError
 from qlora_dpo.models.skeleton import Skeleton
 from qlora_dpo.training.data import TrainingData, load_training_data
-from qlora_dpo.training.levels import PairLengths, describe, pair_lengths, trained_bytes
+from qlora_dpo.training.levels import Lengths, describe, lengths_of, trained_bytes
 from qlora_dpo.training.memory_plan import GIB, MemoryPlan, machine_of, plan_memory, skeleton_of
 from qlora_dpo.training.optimizers import optimizer_name
 from qlora_dpo.training.schedule import make_schedule
@@ -27,7 +27,7 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
         from qlora_dpo.training.train import load_training_tokenizer
 
         data = load_training_data(config.data, load_training_tokenizer(config), config.training.seed)
-    lengths = None if data is None else pair_lengths(data, data.train)
+    lengths = None if data is None else lengths_of(data, data.epoch(0))
     memory = plan_memory(config, skeleton, lengths, machine)
     print("\n".join(memory_table(memory, skeleton, config.training.activation_checkpointing)))
     if not memory.fits:
@@ -95,25 +95,28 @@ def _choice(memory: MemoryPlan, asked: str) -> list[str]:
 
 def time_table(
     config: TrainConfig, options: PlanOptions, memory: MemoryPlan, skeleton: Skeleton, data: TrainingData,
-    lengths: PairLengths,
+    lengths: Lengths,
 ) -> list[str]:  # fmt: skip
     """Tokens, what sharing saves, steps, hours and cost."""
     schedule = make_schedule(
         data.train, config.pairs_per_step, epochs=config.training.num_train_epochs,
-        max_steps=config.training.max_steps, seed=config.training.seed,
+        max_steps=config.training.max_steps, seed=config.training.seed, sampler=data.sampler,
     )  # fmt: skip
-    costs, targets = lengths.costs(memory.kind), lengths.chosen + lengths.rejected
+    costs = lengths.costs(memory.kind)
     work = work_of_run(
-        costs, targets, schedule=schedule, held_out=len(data.held_out), eval_steps=config.training.eval_steps
-    )
+        costs, lengths.targets, schedule=schedule, held_out=len(data.held_out), eval_steps=config.training.eval_steps,
+        distinct=len(data.train), has_reference=config.data.objective == "dpo",
+    )  # fmt: skip
     flops = count_flops(skeleton, memory.levels, uses_4bit(config.model))
-    tokens, apart = int(costs.sum()), int((costs + lengths.prompt).sum())
+    tokens, apart = int(costs.sum()), int((costs + lengths.shared).sum())
     saved = f"sharing prompts saves {apart - tokens:,} of {apart:,} ({(apart - tokens) / apart:.0%})"
     lines = [
         *data.summary(),
-        f"{tokens:,} tokens in the training pairs; " + (saved if memory.kind == "shared" else "padding included"),
-        f"{schedule.total_steps:,} steps of {config.pairs_per_step} pairs; {work.trained:,.0f} tokens to train on, "
-        f"{work.reference:,.0f} for the reference (once per pair), {work.evaluated:,.0f} to evaluate",
+        f"{tokens:,} tokens in the training {data.unit}"
+        + ("; padding included" if memory.kind == "padded" else f"; {saved}" if apart > tokens else ""),
+        f"{schedule.total_steps:,} steps of {config.pairs_per_step} {data.unit}; {work.trained:,.0f} tokens to train "
+        + (f"on, {work.reference:,.0f} for the reference (once per pair), " if work.reference else "on, ")
+        + f"{work.evaluated:,.0f} to evaluate",
         "",
         "Time, an estimate: operations counted, attention and everything small left to the rate.",
     ]

@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from qlora_dpo.data.sampling import Sampler
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,6 +20,8 @@ class Schedule:
     pairs_per_step: int
     total_steps: int
     seed: int
+    sampler: Sampler | None = None
+    """Draws the pairs of each epoch anew; `indices` are then those of the first."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -29,7 +33,8 @@ class Schedule:
         epoch, position = divmod(number - 1, self.steps_per_epoch)
         order = _order(len(self.indices), self.seed + 1_000_003 * epoch)
         taken = order[position * self.pairs_per_step : (position + 1) * self.pairs_per_step]
-        return [self.indices[place] for place in taken]
+        indices = self.indices if self.sampler is None else self.sampler.epoch(epoch)
+        return [indices[place] for place in taken]
 
     def epoch(self, number: int) -> float:
         """Epochs done after step `number`."""
@@ -42,7 +47,12 @@ def _order(count: int, seed: int) -> list[int]:
     return order
 
 
-def make_schedule(indices: Sequence[int], pairs_per_step: int, *, epochs: float, max_steps: int, seed: int) -> Schedule:
+def make_schedule(
+    indices: Sequence[int], pairs_per_step: int, *, epochs: float, max_steps: int, seed: int,
+    sampler: Sampler | None = None,
+) -> Schedule:  # fmt: skip
     """A schedule of `max_steps` steps, or of `epochs` passes where `max_steps` is not above 0."""
+    if sampler is not None:
+        indices = sampler.epoch(0)
     steps = max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(len(indices) / pairs_per_step))
-    return Schedule(indices, pairs_per_step, steps, seed)
+    return Schedule(indices, pairs_per_step, steps, seed, sampler)

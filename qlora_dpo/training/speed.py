@@ -76,13 +76,14 @@ class Flops:
 
 
 def work_of_run(
-    costs: NDArray[np.int64], targets: NDArray[np.int64], *, schedule: Schedule, held_out: int, eval_steps: int
-) -> Work:
-    """Tokens of a run over pairs of these costs and predicted tokens, each an array [pairs]: every step's pairs, the
-    reference once per pair, and every evaluation."""
+    costs: NDArray[np.int64], targets: NDArray[np.int64], *, schedule: Schedule, held_out: int, eval_steps: int,
+    distinct: int | None = None, has_reference: bool = True,
+) -> Work:  # fmt: skip
+    """Tokens of a run whose epoch has pairs of these costs and predicted tokens, each an array [pairs]: every step's
+    pairs, the reference once per pair (of which there are `distinct`), and every evaluation."""
     steps = schedule.total_steps
     epochs = schedule.epoch(steps)
-    scored = min(len(costs), steps * schedule.pairs_per_step) + held_out
+    scored = has_reference * (min(distinct or len(costs), steps * schedule.pairs_per_step) + held_out)
     evaluated = -(-steps // eval_steps) * held_out
     mean, mean_targets = float(costs.mean()), float(targets.mean())
     return Work(

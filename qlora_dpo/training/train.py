@@ -31,16 +31,20 @@ from qlora_dpo.models.lora import (
 )
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective
+from qlora_dpo.objectives.supervised import SupervisedObjective
 from qlora_dpo.training.checkpoints import disk_errors
 from qlora_dpo.training.content import content_of
 from qlora_dpo.training.curves import draw_curves
 from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.device_memory import device_memory
-from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS, Engine, local_reference
+from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS, Engine
 from qlora_dpo.training.levels import levels_of_run
+from qlora_dpo.training.linting import lint_training_data
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.model_card import write_model_card
 from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
+from qlora_dpo.training.referencing import reference_of_run, refuse_unusable_store
+from qlora_dpo.training.row_reference import refuse_row_sums
 from qlora_dpo.training.run_folder import (
     CARD,
     CURVES,
@@ -69,7 +73,7 @@ class Trained:
 
 
 def train(config: TrainConfig) -> Trained | None:
-    """Train a LoRA adapter on preference pairs; returns None where the run had finished before.
+    """Train a LoRA adapter on preference pairs or conversations; returns None where the run had finished before.
 
     Raises:
         QloraDpoError: one of its kinds, each saying what happened, why, and what to do.
@@ -87,6 +91,9 @@ def train_in(run: RunFolder, config: TrainConfig) -> Trained | None:
     tokenizer = load_training_tokenizer(config)
     data = load_training_data(config.data, tokenizer, config.training.seed)
     print("\n".join(data.summary()), file=sys.stderr)
+    lint_training_data(config.data, data, tokenizer)
+    refuse_row_sums(config, data)
+    refuse_unusable_store(config.store.reference_store)
     run = run.with_content(content_of(config, data))
     try:
         model = load_policy(config, device)
@@ -94,12 +101,12 @@ def train_in(run: RunFolder, config: TrainConfig) -> Trained | None:
         make_lean(model)
         scorer = choose_scorer(model, data.pairs[data.train[0]], device)
         set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
-        engine = Engine(
-            model, scorer, objective_of(config), data.pairs, local_reference(model, scorer), device,
-            config.training.max_tokens_per_microbatch or DEFAULT_MAX_TOKENS,
-            config.training.per_device_train_batch_size,
-        )  # fmt: skip
-        with stop_on_signals() as stop:
+        with reference_of_run(config, model, scorer, data, device) as reference, stop_on_signals() as stop:
+            engine = Engine(
+                model, scorer, objective_of(config), data.pairs, reference, device,
+                config.training.max_tokens_per_microbatch or DEFAULT_MAX_TOKENS,
+                config.training.per_device_train_batch_size, categories=data.categories(),
+            )  # fmt: skip
             training = prepare(config, run, engine, tokenizer, data, stop)
             with training.recorder:
                 fit(training)
@@ -109,12 +116,14 @@ def train_in(run: RunFolder, config: TrainConfig) -> Trained | None:
     return Trained(run, model, tokenizer, pair_tokenizer(config, tokenizer))
 
 
-def objective_of(config: TrainConfig) -> Objective:
-    """The loss of this run.
+def objective_of(config: TrainConfig) -> Objective | SupervisedObjective:
+    """What this run minimizes.
 
     Raises:
         UsageError: its options do not fit together.
     """
+    if config.data.objective == "sft":
+        return SupervisedObjective()
     loss = config.loss
     return make_objective(
         loss.loss_type,
@@ -126,6 +135,7 @@ def objective_of(config: TrainConfig) -> Objective:
         discopop_tau=loss.discopop_tau,
         ld_alpha=loss.ld_alpha,
         use_weighting=loss.use_weighting,
+        confidence_as=loss.confidence_as,
     )
 
 
@@ -189,6 +199,7 @@ def prepare(
         epochs=options.num_train_epochs,
         max_steps=options.max_steps,
         seed=options.seed,
+        sampler=data.sampler,
     )
     run_id = run.begin(total_steps=schedule.total_steps, environment=describe())
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
@@ -238,9 +249,10 @@ def finish(config: TrainConfig, run: RunFolder, model: Any, tokenizer: Any, data
         with disk_errors():
             save_adapter(model, run.path)
         tokenizer.save_pretrained(run.path)
-        draw_curves(run.metrics, run.path / CURVES)
+        draw_curves(run.metrics, run.path / CURVES, config.data.objective)
         write_model_card(
             run.path / CARD,
+            objective=config.data.objective,
             name=run.path.name,
             version=__version__,
             base=str(config.model.model_name_or_path),
@@ -261,4 +273,6 @@ def finish(config: TrainConfig, run: RunFolder, model: Any, tokenizer: Any, data
 
 def pair_tokenizer(config: TrainConfig, tokenizer: Any) -> PairTokenizer:
     """The tokenization of this run, for prompts to generate from."""
-    return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length)
+    data = config.data
+    longest_prompt = data.max_length - 1 if data.objective == "sft" else data.max_prompt_length
+    return PairTokenizer(tokenizer, data.max_length, longest_prompt)

@@ -193,7 +193,7 @@ def test_a_failed_build_leaves_nothing(
 
     path = write_jsonl(GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(pair_store.PairWriter, "add_pairs", fail)
+        patch.setattr(pair_store.SampleWriter, "add_samples", fail)
         with pytest.raises(StorageError, match=r"No space left on device; .*--cache_dir"):
             load(path)
     assert stores(tmp_path) == []

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
-from qlora_dpo.data.hh_rlhf import JOINED_TURNS
+from qlora_dpo.data.formats import FORMATS, ColumnNames, detect_format, parse_row
+from qlora_dpo.data.pair_formats.hh_rlhf import JOINED_TURNS
 from qlora_dpo.data.preferences import PreferencePair, RowError
 from qlora_dpo.errors import UsageError
 
@@ -177,6 +177,24 @@ def test_messages_without_prompt_refuses_unequal_histories() -> None:
     assert refusal("messages", row) == "prompt: the message before the answers must be the user's"
 
 
+def said(text: Any, speaker: str = "gpt") -> dict[str, Any]:
+    return {"from": speaker, "value": text}
+
+
+OPENDPO = {
+    "context": [message("s", "system"), USER],
+    "chosen": message("x"),
+    "rejected": message("y"),
+    "reference_chosen_log_prob": -115.16470484400884,
+    "reference_rejected_log_prob": -1,
+    "meta": {"category_id": 1, "category_name": "A"},
+}
+TURNS = [said("a", "human"), said("b"), said("q", "human")]
+SHAREGPT = {"conversations": TURNS, "chosen": said("x"), "rejected": said("y")}
+HISTORY = [message("a", "user"), message("b"), USER]
+ALPACA = {"instruction": "q", "chosen": "x", "rejected": "y"}
+
+
 @pytest.mark.parametrize(
     ("values", "name"),
     [
@@ -185,6 +203,16 @@ def test_messages_without_prompt_refuses_unequal_histories() -> None:
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "messages"),
         ({"prompt": "q", "chosen": [USER, message("a")], "rejected": [USER, message("b")]}, "messages"),
         ({"chosen": [USER, message("a")], "rejected": [USER, message("b")]}, "messages"),
+        ({"prompt": [USER], "chosen": message("a"), "rejected": message("b"), "context": "c"}, "messages"),
+        ({"chosen": [USER, message("a")], "rejected": [USER, message("b")], "context": "c"}, "messages"),
+        ({"chosen": [USER, message("a")], "rejected": [USER, message("b")], "instruction": "q"}, "messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "instruction": "q", "context": [USER]}, "plaintext"),
+        (OPENDPO, "opendpo"),
+        ({**OPENDPO, "context": USER}, "opendpo"),
+        (SHAREGPT, "sharegpt"),
+        ({**SHAREGPT, "conversations": HISTORY, "chosen": message("x"), "rejected": message("y")}, "sharegpt"),
+        (ALPACA, "alpaca"),
+        ({**ALPACA, "input": "i", "history": [], "system": None}, "alpaca"),
     ],
 )
 def test_the_format_is_known_by_the_columns(values: dict[str, Any], name: str) -> None:
@@ -198,10 +226,12 @@ def test_the_format_is_known_by_the_columns(values: dict[str, Any], name: str) -
         {"question": "q", "answer": "a"},
         {"chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": dialogue("H:q", "A:x"), "rejected": dialogue("H:q", "A:y")},
+        {"instruction": "q", "chosen": dialogue("H:q", "A:x"), "rejected": dialogue("H:q", "A:y")},
+        {"context": [USER], "conversations": TURNS, "chosen": message("a"), "rejected": message("b")},
     ],
 )
 def test_an_unclear_format_lists_columns_and_formats(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as error:
         detect_format(values)
-    for expected in [*values, "hh-rlhf", "plaintext", "messages", "--dataset_format"]:
+    for expected in [*values, *FORMATS, "--dataset_format"]:
         assert expected in str(error.value)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_dpo.data.dataset import load_preference_dataset
+from qlora_dpo.data.formats import FORMATS, all_columns
 from qlora_dpo.errors import QloraDpoError
 
 SETTINGS = settings(
@@ -24,17 +25,36 @@ TEXT = st.text(st.characters(codec=None), max_size=30)
 SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
 ANYTHING = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
 ROLE = st.sampled_from(["user", "assistant", "system", "tool", None])
+SPEAKER = st.sampled_from(["human", "gpt", "system", "observation", None])
 CONTENT = st.one_of(TEXT, st.sampled_from(["q", "<|im_end|>", "<|im_start|>system\n"]), ANYTHING)
-MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLE, "content": CONTENT}), max_size=4)
+MESSAGE = st.fixed_dictionaries({"role": ROLE, "content": CONTENT})
+TURN = st.fixed_dictionaries({"from": SPEAKER, "value": CONTENT})
+MESSAGES = st.one_of(MESSAGE, TURN, st.lists(MESSAGE, max_size=4), st.lists(TURN, max_size=4))
 TURNS = st.lists(
     st.sampled_from(["\n\nHuman: a", "\n\nAssistant: b", "\n\nAssistant:", "\r\n\r\nHuman: c", "x"]),
     max_size=6,
 )
 VALUE = st.one_of(ANYTHING, MESSAGES, TURNS.map("".join))
-ROW = st.fixed_dictionaries(
-    {}, optional={key: VALUE for key in ("prompt", "chosen", "rejected", "category", "confidence", "id")}
+PROMPTS = {
+    "plaintext": ("prompt",),
+    "opendpo": ("context", "meta", "reference_chosen_log_prob", "reference_rejected_log_prob"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "alpaca": ("instruction", "input", "history", "system"),
+}
+ROW = st.sampled_from(list(PROMPTS.values())).flatmap(
+    lambda keys: st.fixed_dictionaries(
+        {}, optional={key: VALUE for key in (*keys, "chosen", "rejected", "category", "confidence", "id")}
+    )
 )
 GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
+GOOD_ROWS = [
+    GOOD,
+    *(
+        {key: value for key, value in all_columns(name).items() if key != dropped}
+        for name in FORMATS
+        for dropped in ("", "category")
+    ),
+]
 
 
 def check(content: bytes, name: str, tokenizer: Any, **options: Any) -> None:
@@ -52,8 +72,8 @@ def check(content: bytes, name: str, tokenizer: Any, **options: Any) -> None:
         assert len(dataset) == report.pairs > 0
 
 
-@pytest.mark.parametrize("dataset_format", ["auto", "hh-rlhf", "plaintext", "messages"])
-@given(rows=st.lists(st.one_of(ROW, ANYTHING, st.just(GOOD)), max_size=6), as_array=st.booleans())
+@pytest.mark.parametrize("dataset_format", ["auto", *FORMATS])
+@given(rows=st.lists(st.one_of(ROW, ANYTHING, st.sampled_from(GOOD_ROWS)), max_size=6), as_array=st.booleans())
 @SETTINGS
 def test_any_json(chatml: Any, dataset_format: str, rows: list[Any], as_array: bool) -> None:
     text = json.dumps(rows) if as_array else "\n".join(json.dumps(row) for row in rows)

@@ -164,6 +164,14 @@ def test_a_truncated_gzip_file_is_a_data_error(tmp_path: Path, cut: int) -> None
         list(read_rows(str(path)))
 
 
+def test_a_broken_parquet_file_is_a_data_error(tmp_path: Path) -> None:
+    path = Path(save(tmp_path / "a.parquet"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-30] + b"\xff" * 22 + content[-8:])  # the end of the footer
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(read_rows(str(path)))
+
+
 def test_csv_faults(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n")
     rows = list(read_rows(path))
@@ -288,7 +296,7 @@ def _raise(error: Exception) -> Callable[..., Any]:
     [
         ("DatasetNotFoundError:Dataset 'o/d' doesn't exist on the Hub", StorageError, "spelling"),
         ("DatasetNotFoundError:Dataset 'o/d' is a gated dataset on the Hub.\nMore", StorageError, "HF_TOKEN"),
-        ("DatasetNotFoundError:Revision 'v9' doesn't exist for dataset 'o/d'", StorageError, "--revision"),
+        ("DatasetNotFoundError:Revision 'v9' doesn't exist for dataset 'o/d'", StorageError, "has no revision"),
         ("ConnectionError:Couldn't reach 'o/d' (OfflineModeIsEnabled)", StorageError, "HF_HUB_OFFLINE"),
         ("RuntimeError:", StorageError, "neither a local path nor reachable as a Hub id"),
         ('ValueError:Unknown split "dev". Should be one of [\'train\'].', UsageError, "Should be one of"),

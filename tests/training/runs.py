@@ -12,7 +12,8 @@ from qlora_dpo.config.training import TrainingOptions
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.models.scoring import Scorer, choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective
-from qlora_dpo.training.engine import Engine, local_reference
+from qlora_dpo.reference.local import local_reference
+from qlora_dpo.training.engine import Engine
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
 from qlora_dpo.training.run_folder import open_run_folder

@@ -25,10 +25,10 @@ from qlora_dpo.training.levels import (
     choose_levels,
     describe,
     largest_micro_batch,
+    lengths_of,
     levels_of_run,
     list_of_targets,
     made_pairs,
-    pair_lengths,
 )
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_run_gets_what_fits(
 ) -> None:
     config = run_config(model_folder, pairs_file, load_in_4bit=False)
     data = data_of(config, model_folder)
-    assert len(pair_lengths(data, data.train).prompt) == len(data.train)
+    assert len(lengths_of(data, data.train).prompt) == len(data.train)
     policy = with_lora(tiny_model())
     state = torch.get_rng_state()
     assert levels_of_run(config, policy, "shared", data, CPU) == ("none", "none")

@@ -1,4 +1,4 @@
-"""Dialogues as Anthropic's hh-rlhf writes them, cut into turns.
+"""`hh-rlhf`: chosen and rejected as whole dialogues, as Anthropic's hh-rlhf writes them (Anima).
 
 Rules: white space around a turn and before the first marker is no part of it; two turns of one speaker in a
 row become one, joined with a blank line (a repair); all else that is not Human, Assistant, Human, ... is
@@ -8,14 +8,61 @@ refused.
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from qlora_dpo.data.preferences import Message, RowError
+from qlora_dpo.data.messages import Values, all_text, check_turns, text_of
+from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, ParsedPair, PreferencePair, RowError
+
+COLUMNS = "chosen, rejected (dialogues '\\n\\nHuman: ... \\n\\nAssistant: ...')"
+EXAMPLE: dict[str, Any] = {
+    "chosen": "\n\nHuman: What is 2 + 3?\n\nAssistant: 5",
+    "rejected": "\n\nHuman: What is 2 + 3?\n\nAssistant: 6",
+}
 
 JOINED_TURNS = "two turns in a row by the same speaker, joined with a blank line"
 
 # Begins with a plain character, which makes the search five times faster; a \r before it is stripped anyway.
 _MARKER = re.compile(r"\n\r?\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = {role: speaker for speaker, role in _ROLES.items()}
+
+
+def holds_dialogues(values: Values, names: ColumnNames) -> bool:
+    """Both answers are texts that begin as a dialogue does."""
+    return all_text(values, names.chosen, names.rejected) and all(
+        values[column].lstrip().startswith("Human:") for column in (names.chosen, names.rejected)
+    )
+
+
+def matches(values: Values, names: ColumnNames) -> bool:
+    """Tell by its columns whether a row has this form."""
+    # A prompt beside whole dialogues could mean either; the user has to say.
+    return names.prompt not in values and "instruction" not in values and holds_dialogues(values, names)
+
+
+def parse(values: Values, names: ColumnNames) -> ParsedPair:
+    """Read a row. Raises: RowError."""
+    chosen, chosen_joined = split_dialogue(names.chosen, text_of(values, names.chosen))
+    rejected, rejected_joined = split_dialogue(names.rejected, text_of(values, names.rejected))
+    history = common_history(chosen, rejected)
+    pair = PreferencePair(history, chosen[-1]["content"], rejected[-1]["content"])
+    return ParsedPair(pair, (JOINED_TURNS,) if chosen_joined or rejected_joined else ())
+
+
+def write(pair: PreferencePair) -> dict[str, Any]:
+    """Make a row. Raises: RowError when the prompt is no dialogue, or a text would be read back as another."""
+    messages = pair.messages
+    if messages[0]["role"] == "system":
+        raise NoPlaceError("prompt", "a system prompt", "system")
+    check_turns("prompt", messages)
+    for text in (*(message["content"] for message in messages), pair.chosen, pair.rejected):
+        if text != text.strip():
+            raise NoPlaceError("text", "white space around a turn", "whitespace")
+        if _MARKER.search(text):
+            raise RowError("text", "a turn holds a marker of the format (an empty line, then Human: or Assistant:)")
+    before = "".join(f"\n\n{_SPEAKERS[message['role']]}: {message['content']}" for message in messages)
+    before += "\n\nAssistant: "
+    return {"chosen": before + pair.chosen, "rejected": before + pair.rejected}
 
 
 def split_dialogue(field: str, text: str) -> tuple[list[Message], bool]:

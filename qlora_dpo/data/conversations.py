@@ -1,0 +1,132 @@
+"""The forms a row of SFT data can have, an entry of `CONVERSATION_FORMATS` each, and how it becomes a `Conversation`.
+
+Columns that a format does not name are ignored, except `category` (text), which every format may carry.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qlora_dpo.data.messages import Values, all_text, keys_of, kind, messages_of, text_of, value_of
+from qlora_dpo.data.pair_formats.sharegpt import refuse_unsupported
+from qlora_dpo.data.preferences import Message, RowError
+from qlora_dpo.errors import UsageError
+
+AFTER_THE_LAST_ANSWER = "messages after the last answer, which nothing is learned from, left out"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of which the assistant's are learned; the last is the assistant's."""
+
+    messages: tuple[Message, ...]
+    category: str | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedConversation:
+    """A conversation and the names of the repairs that made it usable."""
+
+    conversation: Conversation
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationColumns:
+    """Which columns hold the messages, or the prompt and the response."""
+
+    messages: str = "messages"
+    prompt: str = "prompt"
+    response: str = "response"
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationFormat:
+    """One form of data: its columns in words, how to know it by a row, and how to read one."""
+
+    columns: str
+    matches: Callable[[Values, ConversationColumns], bool]
+    parse: Callable[[Values, ConversationColumns], ParsedConversation]
+
+
+def parse_conversation(name: str, values: Values, names: ConversationColumns, origin: str) -> ParsedConversation:
+    """Read one row of a named format.
+
+    Raises:
+        RowError: when the row is no usable conversation.
+    """
+    refuse_unsupported(values)
+    parsed = CONVERSATION_FORMATS[name].parse(values, names)
+    category = None if values.get("category") is None else text_of(values, "category") or None
+    return replace(parsed, conversation=replace(parsed.conversation, category=category, origin=origin))
+
+
+def detect_conversation_format(values: Values, names: ConversationColumns | None = None) -> str:
+    """Name the format of a row by its columns and their types.
+
+    Raises:
+        UsageError: when no format, or more than one, fits.
+    """
+    names = names or ConversationColumns()
+    fitting = [name for name, form in CONVERSATION_FORMATS.items() if form.matches(values, names)]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(f"{column} ({kind(value)})" for column, value in values.items()) or "none"
+    known = "; ".join(f"{name}: {form.columns}" for name, form in CONVERSATION_FORMATS.items())
+    raise UsageError(
+        f"cannot tell the format of the data: its columns are {found}. Known formats for SFT: {known}. "
+        "Name one with --dataset_format, or the columns with --messages_key, --prompt_key and --response_key."
+    )
+
+
+def check_conversation_format(name: str) -> None:
+    """Refuse a format name that is not in the table.
+
+    Raises:
+        UsageError: with the nearest known name.
+    """
+    if name in CONVERSATION_FORMATS:
+        return
+    near = difflib.get_close_matches(name, CONVERSATION_FORMATS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    known = ", ".join(["auto", *CONVERSATION_FORMATS])
+    raise UsageError(f"--dataset_format {name!r} is not known for --objective sft; choose {known}.{hint}")
+
+
+def _parse_messages(values: Values, names: ConversationColumns) -> ParsedConversation:
+    column, value = names.messages, value_of(values, names.messages)
+    messages = messages_of(column, value, keys=keys_of(value), may_end_empty=True)
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RowError(column, "no message is the assistant's, so there is nothing to learn")
+    if not messages[answers[-1]]["content"].strip():
+        raise RowError(f"{column}[{answers[-1]}]", "the answer is empty")
+    used = messages[: answers[-1] + 1]
+    return ParsedConversation(Conversation(tuple(used)), (AFTER_THE_LAST_ANSWER,) if len(used) < len(messages) else ())
+
+
+def _parse_plaintext(values: Values, names: ConversationColumns) -> ParsedConversation:
+    prompt, response = text_of(values, names.prompt), text_of(values, names.response)
+    for column, text in ((names.prompt, prompt), (names.response, response)):
+        if not text.strip():
+            raise RowError(column, "the text is empty")
+    return ParsedConversation(
+        Conversation(({"role": "user", "content": prompt}, {"role": "assistant", "content": response}))
+    )
+
+
+CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
+    "messages": ConversationFormat(
+        "messages (a list of messages with role and content, or from and value)",
+        lambda values, names: isinstance(values.get(names.messages), list),
+        _parse_messages,
+    ),
+    "plaintext": ConversationFormat(
+        "prompt, response (text)",
+        lambda values, names: all_text(values, names.prompt, names.response),
+        _parse_plaintext,
+    ),
+}

@@ -1,0 +1,180 @@
+"""`data convert`: pairs from one format and kind of file into another, with every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from qlora_dpo.config.checks import nearest
+from qlora_dpo.config.data import ConvertOptions
+from qlora_dpo.data.formats import FORMATS, all_columns, check_format, write_row
+from qlora_dpo.data.pair_reader import PairReader
+from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, PreferencePair, RefusedRow, RowError
+from qlora_dpo.data.progress import with_progress
+from qlora_dpo.data.readers import file_kind
+from qlora_dpo.data.sources import open_source
+from qlora_dpo.data.writers import WRITERS, AddRow, is_flat, row_writer
+from qlora_dpo.errors import DataError, StorageError, UsageError
+
+_SHOWN_ROWS = 20
+
+
+def convert(options: ConvertOptions) -> None:
+    """Write the pairs of a source in another format.
+
+    Raises:
+        DataError: when rows cannot be written and are not to be skipped, or none can.
+        StorageError: when something cannot be read or written.
+        UsageError: when an option cannot work.
+    """
+    _check(options)
+    names = ColumnNames(options.prompt_key, options.chosen_key, options.rejected_key)
+    source = open_source(options.file, split=options.split, revision=options.revision)
+    reader = PairReader(source, options.dataset_format, names)
+    conversion = Conversion(options.to, tuple(options.drop), options.output)
+    with row_writer(options.output, all_columns(options.to)) as add:
+        conversion.run(reader, add)
+        conversion.list_refused()
+        conversion.check(options.file, reader.dataset_format, options.bad_rows)
+    print("\n".join(conversion.summary(options.file, reader)))
+
+
+@dataclass
+class Conversion:
+    """What becomes of the rows of a source; always `read == written + len(refused)`."""
+
+    to: str
+    drop: tuple[str, ...]
+    output: Path
+    read: int = 0
+    written: int = 0
+    refused: list[RefusedRow] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def refused_file(self) -> Path:
+        """Where the refused rows are listed; its name is not that of a file of rows."""
+        return self.output.with_name(f"{self.output.name}.refused")
+
+    def run(self, rows: Iterable[PreferencePair | RefusedRow], add: AddRow) -> None:
+        """Write each row that can be written."""
+        for row in with_progress(rows, "converting"):
+            self.read += 1
+            if isinstance(row, RefusedRow):
+                self.refused.append(row)
+                continue
+            try:
+                self.dropped.update(self._write(row, add))
+            except RowError as error:
+                self.refused.append(RefusedRow(row.origin, error.field, error.reason))
+            else:
+                self.written += 1
+
+    def _write(self, pair: PreferencePair, add: AddRow) -> list[str]:
+        """Write a pair without what may be dropped, where there is no place for it; returns what was dropped."""
+        dropped: list[str] = []
+        while True:
+            try:
+                add(write_row(self.to, pair))
+                return dropped
+            except NoPlaceError as error:
+                if error.drop not in self.drop or error.drop in dropped:
+                    raise
+                pair = DROPS[error.drop](pair)
+                dropped.append(error.drop)
+
+    def list_refused(self) -> None:
+        """Write the refused rows beside the output, or remove the list of an earlier time.
+
+        Raises:
+            StorageError: when the disk refuses.
+        """
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.refused]
+        try:
+            if lines:
+                self.refused_file.write_text("".join(lines), encoding="utf-8")
+            else:
+                self.refused_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{self.refused_file} cannot be written: {error.strerror or error}; name another --output."
+            ) from error
+
+    def check(self, source: str, dataset_format: str, bad_rows: str) -> None:
+        """Refuse to leave rows out unless they are to be skipped, or to write none.
+
+        Raises:
+            DataError: with the first of the refused rows.
+        """
+        if not self.refused or (bad_rows == "skip" and self.written):
+            return
+        listed = "\n".join(f"  {row}" for row in self.refused[:_SHOWN_ROWS])
+        more = len(self.refused) - _SHOWN_ROWS
+        listed += f"\n  ... and {more} more" if more > 0 else ""
+        advice = f", or write the other {self.written} with --bad_rows skip" if self.written else ""
+        raise DataError(
+            f"{len(self.refused)} of {self.read} rows of {source} ({dataset_format}) cannot be written as {self.to}:\n"
+            f"{listed}\nRepair them{advice}. All are listed in {self.refused_file}; nothing else was written."
+        )
+
+    def summary(self, source: str, reader: PairReader) -> list[str]:
+        """The account as lines to print."""
+        lines = [
+            f"{source}: {self.written:,} pairs from {self.read:,} rows ({reader.dataset_format}) are in {self.output} "
+            f"({self.to})"
+        ]
+        if self.refused:
+            lines.append(f"refused: {len(self.refused):,} rows, listed in {self.refused_file}")
+            kinds = Counter(row.kind for row in self.refused)
+            lines += [f"  {count:,} x {kind}" for kind, count in kinds.most_common()]
+        lines += [f"repaired: {count:,} x {kind}" for kind, count in reader.repaired.items()]
+        lines += [f"dropped: {count:,} x {name}" for name, count in self.dropped.items()]
+        return lines
+
+
+def _check(options: ConvertOptions) -> None:
+    check_format(options.to, "to")
+    if options.dataset_format != "auto":
+        check_format(options.dataset_format)
+    for name in options.drop:
+        if name not in DROPS:
+            raise UsageError(f"--drop {name}: known are {', '.join(DROPS)}{nearest(name, DROPS)}.")
+    if file_kind(options.output) is None:
+        raise UsageError(f"--output {options.output}: its name must end with one of {', '.join(WRITERS)}.")
+    if is_flat(options.output) and not isinstance(FORMATS[options.to].EXAMPLE["chosen"], str):
+        raise UsageError(
+            f"--output {options.output}: a CSV file holds text only, and an answer in {options.to} is a message. "
+            "Choose another suffix, or --to plaintext."
+        )
+    source, output = Path(options.file).expanduser().resolve(), options.output.resolve()
+    if source.exists() and source in (output, *output.parents):
+        raise UsageError(f"--output {options.output} is where the rows come from; name a file elsewhere.")
+
+
+def _without_system(pair: PreferencePair) -> PreferencePair:
+    return _with_prompt(pair, (message for message in pair.messages if message["role"] != "system"))
+
+
+def _without_history(pair: PreferencePair) -> PreferencePair:
+    *before, last = pair.messages
+    return _with_prompt(pair, (*(message for message in before if message["role"] == "system"), last))
+
+
+def _without_whitespace(pair: PreferencePair) -> PreferencePair:
+    stripped = (Message(role=message["role"], content=message["content"].strip()) for message in pair.messages)
+    return replace(_with_prompt(pair, stripped), chosen=pair.chosen.strip(), rejected=pair.rejected.strip())
+
+
+def _with_prompt(pair: PreferencePair, messages: Iterable[Message]) -> PreferencePair:
+    return replace(pair, prompt=tuple(messages))
+
+
+DROPS: dict[str, Callable[[PreferencePair], PreferencePair]] = {
+    "system": _without_system,
+    "history": _without_history,
+    "whitespace": _without_whitespace,
+    "reference_logps": lambda pair: replace(pair, reference_logps=None),
+}

@@ -1,0 +1,123 @@
+"""Files of rows to write: JSON, JSON Lines, CSV and Parquet, by the suffix of the name, as `readers` reads them.
+
+A file is there whole or as it was before.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, repeat
+from pathlib import Path
+from typing import IO, Any, cast
+
+import orjson
+
+from qlora_dpo.data.preferences import NoPlaceError
+from qlora_dpo.data.readers import file_kind
+from qlora_dpo.data.row_file import new_row_file
+
+_PARQUET_ROWS = 1000
+
+AddRow = Callable[[dict[str, Any]], object]
+Writer = Callable[[IO[bytes], Mapping[str, Any]], AbstractContextManager[AddRow]]
+
+
+@contextmanager
+def row_writer(path: Path, example: Mapping[str, Any]) -> Iterator[AddRow]:
+    """Give a function that adds a row to a file; `example` is a row with every column that there can be.
+
+    That function raises NoPlaceError where the kind of file has no place for a value.
+
+    Raises:
+        StorageError: when the disk refuses.
+    """
+    kind = file_kind(path)
+    assert kind is not None, path
+    with new_row_file(path) as file, WRITERS[kind](file, example) as add:
+        yield add
+
+
+def is_flat(path: Path) -> bool:
+    """The kind of file holds text and numbers only."""
+    return file_kind(path) == ".csv"
+
+
+@contextmanager
+def _json_lines(file: IO[bytes], _example: Mapping[str, Any]) -> Iterator[AddRow]:
+    yield lambda row: file.write(orjson.dumps(row) + b"\n")
+
+
+@contextmanager
+def _json(file: IO[bytes], _example: Mapping[str, Any]) -> Iterator[AddRow]:
+    separators = chain([b"[\n"], repeat(b",\n"))
+    yield lambda row: file.write(next(separators) + orjson.dumps(row))
+    file.write(b"\n]\n")
+
+
+@contextmanager
+def _csv(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.DictWriter(text, [column for column, value in example.items() if not _is_nested(value)])
+
+    def add(row: dict[str, Any]) -> None:
+        for column, value in row.items():
+            if _is_nested(value):
+                raise NoPlaceError(column, "a list in a CSV file", column)
+        writer.writerow(row)
+
+    writer.writeheader()
+    yield add
+    text.detach()
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, (list, dict))
+
+
+@contextmanager
+def _parquet(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.Table.from_pylist([dict(example)]).schema
+    rows: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
+        rows.clear()
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if len(rows) == _PARQUET_ROWS:
+            flush()
+
+    with pq.ParquetWriter(file, schema) as parquet:
+        yield add
+        flush()
+
+
+def _zipped(writer: Writer) -> Writer:
+    @contextmanager
+    def write(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
+        # No time in the header: the same rows are the same file.
+        with (
+            gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) as zipped,
+            writer(cast(IO[bytes], zipped), example) as add,
+        ):
+            yield add
+
+    return write
+
+
+WRITERS: dict[str, Writer] = {
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _zipped(_json_lines),
+    ".json": _json,
+    ".json.gz": _zipped(_json),
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
