@@ -106,10 +106,11 @@ def test_measured_numbers_are_those_of_the_results() -> None:
     assert f"{median:.0f} s (217 M)" in text and round(startup["parameters"] / 1e6) == 217
     slowest = max(max(seconds) for seconds in startup["help_seconds"].values())
     assert slowest < 1.0 and median < 20
-    against_trl = json.loads((ROOT / "benchmarks/results/vs_trl_multi_turn.json").read_text())
-    for row in against_trl["rows"]:
-        reading = read_row(row, against_trl)
-        assert f"{reading['median']:.1f} s" in text and f"{reading['peak_gib']:.1f} GiB" in text, row["name"]
+    for workload in ("multi_turn", "belle"):
+        against_trl = json.loads((ROOT / f"benchmarks/results/vs_trl_{workload}.json").read_text())
+        for row in against_trl["rows"]:
+            reading = read_row(row, against_trl)
+            assert f"{reading['median']:.1f} s" in text and f"{reading['peak_gib']:.1f} GiB" in text, row["name"]
     rows = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())
     assert "LLaMA" in json.dumps(rows)
 
