@@ -148,7 +148,8 @@ def completed(results: dict[str, Any], file: Path) -> dict[str, Any]:
         return results
     new = {row["name"]: row for row in results["rows"]}
     seconds = earlier["seconds"] + results["seconds"]
-    return earlier | {"rows": [new.get(row["name"], row) for row in earlier["rows"]], "seconds": seconds}
+    rows = [new.pop(row["name"], row) for row in earlier["rows"]]
+    return earlier | {"rows": [*rows, *new.values()], "seconds": seconds}
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:

@@ -164,6 +164,8 @@ def test_rows_that_are_run_again_replace_their_own_in_the_results_of_a_run_like_
     merged = completed(again, tmp_path / "chaos.json")
     assert merged["rows"] == [{"name": "kill", "passed": 1}, {"name": "signals", "passed": 3}]
     assert merged["seconds"] == 90
+    more = again | {"rows": [{"name": "fuzz", "passed": 4}]}
+    assert [row["name"] for row in completed(more, tmp_path / "chaos.json")["rows"]] == ["kill", "signals", "fuzz"]
     assert completed(again | {"seed": 1}, tmp_path / "chaos.json")["rows"] == again["rows"]
     assert completed(again | {"counts": {"kills": 3}}, tmp_path / "chaos.json")["rows"] == again["rows"]
 
