@@ -99,7 +99,7 @@ def attend(
 ) -> Tensor:
     """Attention of a packed row, [T, H, D]: keys and values are gathered so that each segment has its prefix before
     it, then `kernel` (with the signature of torch's `varlen_attn`) attends lower-right causally."""
-    keys, values = (_GatherRows.apply(rows, layout) for rows in (key, value))
+    keys, values = (_GatherRows.apply(rows, layout) for rows in (key, value))  # type: ignore[no-untyped-call]
     attended: Tensor = kernel(
         query, keys, values, layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k,
         scale=scaling, window_size=(-1 if window is None else window - 1, 0),
@@ -114,7 +114,9 @@ def _sdpa_by_segment(
     """`varlen_attn` by one SDPA call per segment: on every device and in every type, without a T x T mask."""
     # Splits, not slices: the backward of a slice fills a zero tensor of the whole row for every segment.
     lengths = [cu.diff().tolist() for cu in (cu_q, cu_k)]
-    pieces = zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True)
+    pieces = zip(
+        torch.split(query, lengths[0]), torch.split(key, lengths[1]), torch.split(value, lengths[1]), strict=True
+    )
     return torch.cat([_sdpa(*piece, scale, window_size[0]) for piece in pieces])
 
 
@@ -125,7 +127,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, back: 
     groups = query.shape[1] // key.shape[1]
     if not query.is_cuda and query.dtype == torch.bfloat16:
         key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
-        attended: Tensor = _FlashOnCpu.apply(query, key, value, mask, scale)
+        attended: Tensor = _FlashOnCpu.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
     else:
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
@@ -145,6 +147,7 @@ class _FlashOnCpu(torch.autograd.Function):
     ) -> Tensor:
         bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output: Tensor
         output, logsumexp = flash(query, key, value, 0.0, mask is None, attn_mask=bias, scale=scale)
         ctx.save_for_backward(query, key, value, output, logsumexp, bias)
         ctx.scale = scale

@@ -142,14 +142,14 @@ def _own_noise(causal_lm: Any, sample: Sample, expected: Tensor, device: torch.d
     model."""
     prompt_ids, completions = prompt_and_completions(sample)
     noise = []
-    expected_of = expected.split([len(completion.targets) for completion in completions])
+    expected_of = torch.split(expected, [len(completion.targets) for completion in completions])
     for completion, logps in zip(completions, expected_of, strict=True):
         places = [len(prompt_ids) + place for place in completion.targets]
         borders = [border for place in places for border in (place, place + 1)]
         alone = TokenizedConversation([*prompt_ids, *completion.ids], borders)
         twice = _own_logps(causal_lm, pack([alone, alone], "padded").to(device))[0]
         noise.append((twice[: len(logps)] - logps).abs().mean().item())
-    return max(noise)
+    return float(max(noise))
 
 
 def why_not_shared(causal_lm: Any) -> str | None:

@@ -40,7 +40,7 @@ class RowReference:
         lengths = batch.completion_lengths
         sums = self._sums[list(keys)].ravel()
         if np.isnan(sums).any():
-            values = list(self._scored(keys, batch).cpu().split(list(lengths)))
+            values = list(torch.split(self._scored(keys, batch).cpu(), list(lengths)))
         else:
             values = [torch.empty(0)] * len(lengths)
         for place, total in enumerate(sums):
