@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +17,23 @@ from benchmarks.chaos.workload import SAVE_STEPS, STEPS
 
 Item = TypeVar("Item")
 REPEATED_EVERY = 4  # trials one is killed several times before it may finish
+STEP_SECONDS = 0.1  # about what a step and what is written after it take
 
 
 def kill_rows(bench: Bench, count: int) -> list[Row]:
-    """Kill runs at random moments, then give the same command until it has finished."""
+    """Kill runs at random moments, then give the same command until it has finished.
+
+    Every other one is killed in a certain step, all of which are tried, so that it is not the machine's speed that
+    decides how many trials fall into the training.
+    """
     row = Row("kill", "`kill -9` at any moment: the same command again ends with the same adapter and the same record.")
     rng, phases, repeated = bench.rng("kill"), Counter[str](), 0
     for number in range(count):
         kills = rng.randint(2, 4) if number % REPEATED_EVERY == REPEATED_EVERY - 1 else 1
         with bench.scratch() as run:
-            moments = []
+            moments, steps = [], number * STEPS // count if number % 2 else None
             for _ in range(kills):
-                moments.append(kill(bench, run, rng, spawned=bench.spawns(number)))
+                moments.append(kill(bench, run, rng, spawned=bench.spawns(number), steps=steps))
                 phases[phase(run)] += 1
                 repeated = max(repeated, steps_recorded(run) - newest_checkpoint(run))
             row.add(bench.to_the_end(run), f"trial {number + 1}, killed after {', '.join(moments)} s")
@@ -36,11 +42,16 @@ def kill_rows(bench: Bench, count: int) -> list[Row]:
     return [row]
 
 
-def kill(bench: Bench, run: Path, rng: random.Random, *, spawned: bool) -> str:
-    """Start the command and kill it after a random part of its usual duration; says when."""
+def kill(bench: Bench, run: Path, rng: random.Random, *, spawned: bool, steps: int | None) -> str:
+    """Start the command and kill it after a random part of its usual duration, or of a step's once so many `steps` are
+    in its record; says when."""
     moment = bench.moment(rng, spawned)
     victim = bench.start(run, spawned=spawned)
-    if victim.wait(moment) is None:
+    if steps is not None:
+        while steps_recorded(run) < steps and victim.wait(0.005) is None:
+            pass
+        moment = time.perf_counter() - victim.started + rng.uniform(0, STEP_SECONDS)
+    if victim.wait(max(0.0, victim.started + moment - time.perf_counter())) is None:
         victim.send(signal.SIGKILL)
         victim.wait()
     return f"{moment:.2f}"

@@ -172,7 +172,7 @@ def test_a_kill_loses_nothing_that_was_answered(model_folder: Path, pairs_file: 
         assert asked - 4 - 4 <= kept < completions_of(pairs_file)
         server.delay = 0.0
         assert main(arguments(model_folder, pairs_file, store, server, "--verify", "0")) == 0
-        assert len(server.requests) - asked <= 80 - kept
+        assert len(server.requests) - asked <= 80 - kept + 4  # the other halves of pairs that were in flight
     assert rows_in(store) == completions_of(pairs_file)
 
 
