@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora_dpo.data.inspection import count_texts, inspection, table
 from qlora_dpo.data.inspection_plot import draw_inspection
 from qlora_dpo.data.lint import kept_texts, lint_pairs, text_source, tokenized_source
 from qlora_dpo.data.lint_tokens import facts_of
+from qlora_dpo.data.mixture import is_mixture, read_mixture
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.preview import preview
@@ -32,14 +34,18 @@ def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOption
         DataError, StorageError, UsageError: it cannot be read or no row is a pair; a result cannot be written.
     """
     _refuse_impossible(options)
+    if is_mixture(pairs.file):
+        raise UsageError(
+            f"{pairs.file} is a mixture: `data mix` says what it is made of; inspect its sources one by one."
+        )
     tokenizer = load_tokenizer_of(tokens)
     if tokenizer is not None:
-        dataset = _tokenized(pairs.file, pairs, tokens, tokenizer)
+        dataset = _tokenized(pairs, tokens, tokenizer)
         report, texts = dataset.report, (pair for _, pair in kept_texts(tokenized_source(dataset)))
         counts = count_texts(texts)
     else:
         dataset = None
-        reader = _reader(pairs.file, pairs)
+        reader = _reader(pairs)
         refused: list[RefusedRow] = []
         counts = count_texts(_usable(reader, refused))
         rows, usable = len(counts.lengths) + len(refused), len(counts.lengths)
@@ -55,7 +61,7 @@ def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOption
 
 
 def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> None:
-    """Print what is wrong with a file of pairs.
+    """Print what is wrong with a file of pairs, or with all sources of a mixture.
 
     Raises:
         DataError: a rule found errors and --lint is block; or no row is a pair.
@@ -67,23 +73,25 @@ def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> 
     tokenizer = load_tokenizer_of(tokens)
     if tokenizer is None and options.preview:
         raise UsageError("--preview shows tokens: name their tokenizer with --model_name_or_path or --tokenizer.")
-    files = [pairs.file, *([options.eval_dataset] if options.eval_dataset else [])]
+    training = _sources_of(pairs)
+    held_out = [replace(pairs, file=options.eval_dataset)] if options.eval_dataset else []
+    files = [*training, *held_out]
     facts = None if tokenizer is None else facts_of(tokenizer, tokens.max_length, tokens.max_prompt_length)
     if tokenizer is not None and facts is not None:
-        datasets = [_tokenized(file, pairs, tokens, tokenizer) for file in files]
+        datasets = [_tokenized(file, tokens, tokenizer) for file in files]
         shown = datasets[0][: options.preview]
         print("\n".join(preview(shown, tokenizer, facts.end_id)), end="\n\n" if shown else "")
         sources = [tokenized_source(dataset) for dataset in datasets]
     else:
-        sources = [text_source(_reader(file, pairs)) for file in files]
+        sources = [text_source(_reader(file)) for file in files]
     counts = [len(source.origins) for source in sources]
-    places = range(sum(counts))
+    places, trained = range(sum(counts)), sum(counts[: len(training)])
     report = lint_pairs(
-        sources, train=places[: counts[0]], held_out=places[counts[0] :], facts=facts, bad_rows=options.bad_rows
+        sources, train=places[:trained], held_out=places[trained:], facts=facts, bad_rows=options.bad_rows
     )
     print("\n".join(report.lines(options.show_rows)))
     if options.json is not None:
-        content = {"files": files, **report.as_json()}
+        content = {"files": [file.file for file in files], **report.as_json()}
         _write(options.json, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     if options.lint == "block":
         refuse_errors(report, pairs.file)
@@ -115,9 +123,26 @@ def load_tokenizer_of(tokens: TokenOptions) -> Any | None:
     return tokenizer
 
 
-def _tokenized(file: str, pairs: PairFileOptions, tokens: TokenOptions, tokenizer: Any) -> PairDataset:
+def _sources_of(pairs: PairFileOptions) -> list[PairFileOptions]:
+    """The file itself, or the sources of a mixture, each with what the mixture says about how it is read."""
+    if not is_mixture(pairs.file):
+        return [pairs]
+    default, file = PairFileOptions(pairs.file), pairs.file
+    ignored = [name for name, value in vars(pairs).items() if value != getattr(default, name)]
+    if ignored:
+        raise UsageError(
+            f"--{ignored[0]} would be ignored: {file} is a mixture; write it there, at the source that it is of."
+        )
+    return [
+        replace(pairs, file=source.path, dataset_format=source.format, split=source.split, revision=source.revision,
+                **{name: key for name, key in source.keys.items() if hasattr(pairs, name)})
+        for source in read_mixture(file).sources
+    ]  # fmt: skip
+
+
+def _tokenized(pairs: PairFileOptions, tokens: TokenOptions, tokenizer: Any) -> PairDataset:
     return load_preference_dataset(
-        file,
+        pairs.file,
         tokenizer=tokenizer,
         dataset_format=pairs.dataset_format,
         split=pairs.split,
@@ -131,11 +156,11 @@ def _tokenized(file: str, pairs: PairFileOptions, tokens: TokenOptions, tokenize
     )
 
 
-def _reader(file: str, pairs: PairFileOptions) -> PairReader:
+def _reader(pairs: PairFileOptions) -> PairReader:
     if pairs.dataset_format != "auto":
         check_format(pairs.dataset_format)
     names = ColumnNames(pairs.prompt_key, pairs.chosen_key, pairs.rejected_key)
-    return PairReader(open_source(file, split=pairs.split, revision=pairs.revision), pairs.dataset_format, names)
+    return PairReader(open_source(pairs.file, split=pairs.split, revision=pairs.revision), pairs.dataset_format, names)
 
 
 def _usable(reader: PairReader, refused: list[RefusedRow]) -> Iterator[PreferencePair]:

@@ -432,3 +432,20 @@ def test_training_on_a_mixture_looks_at_what_is_taken_of_each_source(
         lint_training_data(options, data, chatml)
     assert f"{bad}:2: template_residue" in str(refused.value)
     assert "left_out" not in str(refused.value)
+
+
+def test_the_command_reads_every_source_of_a_mixture(
+    write_jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_jsonl(good_rows(5), "good.jsonl")
+    other = write_jsonl([{"question": "b", "chosen": "\u200b", "rejected": "no"}, good_rows(1)[0]], "other.jsonl")
+    mixture = tmp_path / "mix.yaml"
+    mixture.write_text("sources: [{path: good.jsonl}, {path: other.jsonl, prompt_key: question}]")
+    output = tmp_path / "lint.json"
+    assert main(["data", "lint", str(mixture), "--json", str(output)]) == 65
+    assert f"{other}:1: empty_answer" in capsys.readouterr().out
+    assert json.loads(output.read_text())["files"] == [good, other]
+    assert main(["data", "lint", str(mixture), "--prompt_key", "question"]) == 2
+    assert "--prompt_key would be ignored" in capsys.readouterr().err
+    assert main(["data", "inspect", str(mixture)]) == 2
+    assert "inspect its sources one by one" in capsys.readouterr().err
