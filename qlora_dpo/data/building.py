@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,17 +17,15 @@ from qlora_dpo.data.conversations import detect_conversation_format, parse_conve
 from qlora_dpo.data.formats import detect_format, parse_row
 from qlora_dpo.data.messages import Values
 from qlora_dpo.data.preferences import RefusedRow, RowError
-from qlora_dpo.data.readers import Row, Rows
+from qlora_dpo.data.progress import with_progress
+from qlora_dpo.data.readers import Row, Rows, settled_format
 from qlora_dpo.data.sources import Source
 from qlora_dpo.data.tokenization import TokenizedPair
-from qlora_dpo.errors import UsageError
 
 # Part of the cache key: raise it when the same file would give other ids or another report.
 FORMAT_VERSION = 2
 
 _BATCH = 1000  # rows
-_ROWS_TO_DETECT_BY = 100
-
 
 Parsed = tuple[Any, tuple[str, ...]]
 
@@ -100,7 +97,7 @@ class TokenizingJob:
         rows_read = 0
         with pair_store.new_store(folder) as building:
             with pair_store.SampleWriter(building, self.kind.sample) as writer:
-                for batch in _batches(_with_progress(rows)):
+                for batch in _batches(with_progress(rows, "tokenizing")):
                     rows_read += len(batch)
                     self._store(batch, writer)
             report = {
@@ -116,20 +113,11 @@ class TokenizingJob:
             pair_store.write_manifest(building, content)
 
     def _with_format(self, rows: Rows) -> Rows:
-        """Settle the format by the first row that shows it; a row may be bad, so a few are tried."""
         if self.dataset_format != "auto":
             return rows
-        head = list(islice(rows, _ROWS_TO_DETECT_BY))
-        errors = []
-        for values in (row.values for row in head if isinstance(row, Row)):
-            try:
-                self.dataset_format = self.kind.detect(values, self.names)
-                return chain(head, rows)
-            except UsageError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return chain(head, rows)
+        found, rows = settled_format(rows, lambda values: self.kind.detect(values, self.names))
+        self.dataset_format = found or self.dataset_format
+        return rows
 
     def _store(self, batch: list[Row | RefusedRow], writer: pair_store.SampleWriter) -> None:
         parsed = [self._parse(row) for row in batch]
@@ -153,11 +141,3 @@ class TokenizingJob:
 def _batches(rows: Rows) -> Iterator[list[Row | RefusedRow]]:
     while batch := list(islice(rows, _BATCH)):
         yield batch
-
-
-def _with_progress(rows: Rows) -> Rows:
-    """Show a bar on a terminal, and now and then a line in a log when it takes long."""
-    from tqdm import tqdm
-
-    seconds = 0.2 if sys.stderr.isatty() else 30
-    return iter(tqdm(rows, desc="tokenizing", unit=" rows", delay=seconds, mininterval=seconds, leave=False))

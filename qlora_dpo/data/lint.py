@@ -5,7 +5,6 @@ Without a tokenizer the rules about tokens are left out, and pairs are compared 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -24,6 +23,7 @@ from qlora_dpo.data.lint_texts import TEXT_RULES, Marks, find_marks
 from qlora_dpo.data.lint_tokens import BATCH_RULES, SAMPLE_RULES, SAMPLED, IdBatch, TokenFacts
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
+from qlora_dpo.data.progress import with_progress
 from qlora_dpo.data.ragged import Ragged
 from qlora_dpo.errors import DataError
 
@@ -57,7 +57,7 @@ def text_source(reader: PairReader) -> LintSource:
     refused: list[RefusedRow] = []
     origins: list[str] = []
     batches: list[IdBatch] = []
-    rows = _with_progress(reader, "reading", None)
+    rows = with_progress(reader, "reading", None)
     while part := list(islice(rows, _BATCH)):
         refused += [row for row in part if isinstance(row, RefusedRow)]
         pairs = [row for row in part if isinstance(row, PreferencePair)]
@@ -125,7 +125,7 @@ class _Linting:
             sample: list[tuple[int, PreferencePair]] = []
             end = start + len(source.origins)
             wanted = self.places[(self.places >= start) & (self.places < end)] - start
-            for place, pair in _with_progress(_wanted_texts(source, wanted), "checking text", len(wanted)):
+            for place, pair in with_progress(_wanted_texts(source, wanted), "checking text", len(wanted)):
                 self._check_text(pair, marks)
                 if start + place in self.sampled:
                     sample.append((place, pair))
@@ -161,7 +161,7 @@ class _Linting:
         sketcher = Sketcher(*signers, end_id=self.facts.end_id if self.facts else None)
         origins = [self.origins[place] for place in self.places.tolist()]
         start = 0
-        for number, batch in _with_progress(batches, "comparing", len(batches), unit=f" x {_BATCH} rows"):
+        for number, batch in with_progress(batches, "comparing", len(batches), unit=f" x {_BATCH} rows"):
             sketcher.add(batch)
             for rule in BATCH_RULES if self.facts else ():
                 assert self.facts is not None
@@ -217,11 +217,3 @@ def _wanted_texts(source: LintSource, wanted: Places) -> Iterator[tuple[int, Pre
 def kept_texts(source: LintSource) -> Iterator[tuple[int, PreferencePair]]:
     """All pairs of a source as text, with their places. Raises: DataError where the file changed meanwhile."""
     return _wanted_texts(source, np.arange(len(source.origins)))
-
-
-def _with_progress(items: Iterable[Any], what: str, total: int | None, unit: str = " rows") -> Iterator[Any]:
-    """Show a bar on a terminal, and now and then a line in a log when it takes long."""
-    from tqdm import tqdm
-
-    seconds = 0.2 if sys.stderr.isatty() else 30
-    return iter(tqdm(items, desc=what, total=total, unit=unit, delay=seconds, mininterval=seconds, leave=False))

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 
 from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.readers import Row, Rows
+from qlora_dpo.data.readers import Row, Rows, settled_format
 from qlora_dpo.data.sources import Source
-from qlora_dpo.errors import UsageError
-
-_ROWS_TO_DETECT_BY = 100
 
 
 @dataclass(slots=True)
@@ -37,20 +34,11 @@ class PairReader:
         return (self._parse(row) for row in self._with_format(islice(self.source.rows(), self.max_samples)))
 
     def _with_format(self, rows: Rows) -> Rows:
-        """Settle the format by the first row that shows it; a row may be bad, so a few are tried."""
         if self.dataset_format != "auto":
             return rows
-        head = list(islice(rows, _ROWS_TO_DETECT_BY))
-        errors = []
-        for values in (row.values for row in head if isinstance(row, Row)):
-            try:
-                self.dataset_format = detect_format(values, self.names)
-                return chain(head, rows)
-            except UsageError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return chain(head, rows)
+        found, rows = settled_format(rows, lambda values: detect_format(values, self.names))
+        self.dataset_format = found or self.dataset_format
+        return rows
 
     def _parse(self, row: Row | RefusedRow) -> PreferencePair | RefusedRow:
         if isinstance(row, RefusedRow):

@@ -16,19 +16,20 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
 
 from qlora_dpo.data.preferences import RefusedRow
-from qlora_dpo.errors import DataError, StorageError
+from qlora_dpo.errors import DataError, StorageError, UsageError
 
 _CHUNK = 1 << 20  # bytes
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _PARQUET_ROWS = 1000
+_ROWS_TO_DETECT_BY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,29 @@ def file_kind(path: Path) -> str | None:
     """Return the suffix by which a file is read, None for a file that no reader knows."""
     name = path.name.lower()
     return next((suffix for suffix in READERS if name.endswith(suffix)), None)
+
+
+def settled_format(rows: Rows, detect: Callable[[dict[str, Any]], str | None]) -> tuple[str | None, Rows]:
+    """The format of rows by the first that shows it, and all of the rows; a row may be bad, so a few are tried.
+
+    `detect` names a row's format, or None where it says nothing about that of the others.
+
+    Raises:
+        UsageError: what `detect` raised for the first row, when none shows a format.
+    """
+    head = list(islice(rows, _ROWS_TO_DETECT_BY))
+    errors = []
+    for row in head:
+        try:
+            found = detect(row.values) if isinstance(row, Row) else None
+        except UsageError as error:
+            errors.append(error)
+            continue
+        if found is not None:
+            return found, chain(head, rows)
+    if errors:
+        raise errors[0]
+    return None, chain(head, rows)
 
 
 def read_file(path: Path) -> Rows:

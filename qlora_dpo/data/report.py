@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class DataReport:
         if bad and bad_rows == "fail":
             raise DataError(
                 f"{len(bad)} of {self.rows_read} rows of {self.source} cannot be trained on:\n"
-                f"{_listed(bad)}\n"
+                f"{listed(bad)}\n"
                 f"Repair them, or train on the other {self.pairs} with --bad_rows skip."
                 + (f" All are listed in {self.refused_file}." if self.refused_file else "")
             )
@@ -64,7 +64,7 @@ class DataReport:
             raise DataError(
                 f"{self.source}: none of the {self.rows_read} rows is a {self.dataset_format} "
                 f"{self.unit.removesuffix('s')}:\n"
-                f"{_listed(list(self.refused))}\nCheck --dataset_format and the column names."
+                f"{listed(self.refused)}\nCheck --dataset_format and the column names."
             )
 
     def summary(self) -> list[str]:
@@ -96,7 +96,8 @@ class DataReport:
         return lines
 
 
-def _listed(rows: list[RefusedRow]) -> str:
+def listed(rows: Sequence[RefusedRow]) -> str:
+    """The first rows, a line each, and how many more there are."""
     lines = [f"  {row}" for row in rows[:_SHOWN_ROWS]]
     if len(rows) > _SHOWN_ROWS:
         lines.append(f"  ... and {len(rows) - _SHOWN_ROWS} more")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any, Literal
 
 from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.readers import Row
+from qlora_dpo.data.readers import Row, Rows, settled_format
 from qlora_dpo.data.sources import read_rows
-from qlora_dpo.errors import DataError, UsageError
-
-_ROWS_TO_DETECT_BY = 100
-_SHOWN_ROWS = 20
+from qlora_dpo.labeling.refused import report_refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +49,9 @@ def read_candidates(
     """
     names = names or ColumnNames()
     rows = read_rows(source, split=split)
-    head = list(islice(rows, _ROWS_TO_DETECT_BY))
     if dataset_format == "auto":
-        dataset_format = format_of(head, names)
-    for row in chain(head, rows):
+        dataset_format, rows = format_of(rows, names)
+    for row in rows:
         if isinstance(row, RefusedRow):
             yield row
             continue
@@ -77,17 +71,7 @@ def load_candidates(source: str, bad_rows: Literal["fail", "skip"] = "fail") -> 
     refused: list[RefusedRow] = []
     for row in read_candidates(source):
         refused.append(row) if isinstance(row, RefusedRow) else candidates.append(row)
-    listed = "\n".join(f"  {row}" for row in refused[:_SHOWN_ROWS])
-    if len(refused) > _SHOWN_ROWS:
-        listed += f"\n  ... and {len(refused) - _SHOWN_ROWS} more"
-    total = len(candidates) + len(refused)
-    if refused and (bad_rows == "fail" or not candidates):
-        advice = f"Repair them, or label the other {len(candidates)} with --bad_rows skip." if candidates else ""
-        raise DataError(f"{len(refused)} of {total} rows of {source} cannot be labelled:\n{listed}\n{advice}".rstrip())
-    if refused:
-        print(f"{source}: {len(refused):,} of {total:,} rows are left out:")
-        for kind, count in Counter(row.kind for row in refused).most_common():
-            print(f"  {count:,} x {kind}")
+    report_refused(source, refused, len(candidates), bad_rows)
     return candidates
 
 
@@ -103,19 +87,10 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def format_of(head: Sequence[Row | RefusedRow], names: ColumnNames) -> str:
-    """The format of the rows that have no `answers`, by the first row that shows it."""
-    error: UsageError | None = None
-    for row in head:
-        if isinstance(row, RefusedRow) or "answers" in row.values:
-            continue
-        try:
-            return detect_format(row.values, names)
-        except UsageError as found:
-            error = error or found
-    if error:
-        raise error
-    return "messages"  # reads a row of `generate` whether its prompt is text or messages
+def format_of(rows: Rows, names: ColumnNames) -> tuple[str, Rows]:
+    """The format of the rows that have no `answers`, by the first row that shows it, and all rows."""
+    found, rows = settled_format(rows, lambda values: None if "answers" in values else detect_format(values, names))
+    return found or "messages", rows  # which reads a row of `generate` whether its prompt is text or messages
 
 
 def _candidates_of(row: Row, dataset_format: str, names: ColumnNames, seed: int) -> Candidates:

@@ -86,8 +86,7 @@ def read_labelling(source: str) -> Labelling:
     """
     if source.endswith(".labels.jsonl"):
         return _of_record(source)
-    rows = list(read_rows(source))
-    form = format_of(rows, ColumnNames())
+    form, rows = format_of(read_rows(source), ColumnNames())
     refused: list[RefusedRow] = []
     labels: dict[str, str] = {}
     categories: dict[str, str] = {}

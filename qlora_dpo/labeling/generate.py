@@ -25,7 +25,8 @@ from qlora_dpo.endpoint import Endpoint, RequestRefused
 from qlora_dpo.errors import ResourceError, UsageError
 from qlora_dpo.labeling.answer_file import AnswerFile, Answers
 from qlora_dpo.labeling.call_cache import CachedChat, CallCache, calls_path
-from qlora_dpo.labeling.prompts import PromptRow, load_prompts, report_refused
+from qlora_dpo.labeling.prompts import PromptRow, load_prompts
+from qlora_dpo.labeling.refused import report_refused
 
 
 def generate(

@@ -16,8 +16,8 @@ from qlora_dpo.errors import UsageError
 from qlora_dpo.labeling import judge_prompts as prompts
 from qlora_dpo.labeling.call_cache import CachedChat, CallCache, calls_path
 from qlora_dpo.labeling.canaries import CANARIES, CLEAN
-from qlora_dpo.labeling.prompts import report_refused
 from qlora_dpo.labeling.records import Candidates, Verdict, finish, load_candidates, now, open_record, pending
+from qlora_dpo.labeling.refused import report_refused
 
 HIGHEST_SCORE = 10.0
 

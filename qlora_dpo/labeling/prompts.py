@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,8 @@ from qlora_dpo.data.messages import check_prompt, clean_text, keys_of, messages_
 from qlora_dpo.data.preferences import ColumnNames, Message, PreferencePair, RefusedRow, RowError
 from qlora_dpo.data.readers import Row
 from qlora_dpo.data.sources import read_rows
-from qlora_dpo.errors import DataError, UsageError
+from qlora_dpo.errors import UsageError
+from qlora_dpo.labeling.refused import report_refused
 
 _SHOWN_ROWS = 20
 
@@ -64,26 +64,6 @@ def load_prompts(source: str, bad_rows: Literal["fail", "skip"], **keys: str) ->
         refused.append(row) if isinstance(row, RefusedRow) else prompts.append(row)
     report_refused(source, refused, len(prompts), bad_rows)
     return prompts
-
-
-def report_refused(source: str, refused: list[RefusedRow], usable: int, bad_rows: Literal["fail", "skip"]) -> None:
-    """Say which rows are left out.
-
-    Raises:
-        DataError: they may not be, or no other is left.
-    """
-    if not refused:
-        return
-    total = len(refused) + usable
-    listed = "\n".join(f"  {row}" for row in refused[:_SHOWN_ROWS])
-    if len(refused) > _SHOWN_ROWS:
-        listed += f"\n  ... and {len(refused) - _SHOWN_ROWS} more"
-    if bad_rows == "fail" or not usable:
-        advice = f"\nRepair them, or go on with the other {usable} by --bad_rows skip." if usable else ""
-        raise DataError(f"{len(refused)} of {total} rows of {source} cannot be used:\n{listed}{advice}")
-    print(f"{source}: {len(refused):,} of {total:,} rows are left out:\n{listed}")
-    for kind, count in Counter(row.kind for row in refused).most_common():
-        print(f"  {count:,} x {kind}")
 
 
 def _prompt(row: Row, prompt_key: str) -> tuple[str | tuple[Message, ...], str | None]:
