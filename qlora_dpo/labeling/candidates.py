@@ -14,6 +14,8 @@ from qlora_dpo.data.readers import Row, Rows, settled_format
 from qlora_dpo.data.sources import read_rows
 from qlora_dpo.labeling.refused import report_refused
 
+NOTHING_TO_COMPARE = "fewer than two different answers that are not empty"
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -64,6 +66,8 @@ def read_candidates(
 def load_candidates(source: str, bad_rows: Literal["fail", "skip"] = "fail") -> list[Candidates]:
     """All sets of answers of a source; rows that are none are counted on the terminal where they may be skipped.
 
+    A row whose answers are all the same, as a model gives them that is sure of itself, is no bad row: it is counted.
+
     Raises:
         DataError: naming the bad rows, unless they are to be skipped; or there is nothing to label.
     """
@@ -71,7 +75,11 @@ def load_candidates(source: str, bad_rows: Literal["fail", "skip"] = "fail") -> 
     refused: list[RefusedRow] = []
     for row in read_candidates(source):
         refused.append(row) if isinstance(row, RefusedRow) else candidates.append(row)
-    report_refused(source, refused, len(candidates), bad_rows)
+    bad = [row for row in refused if not row.reason.startswith(NOTHING_TO_COMPARE)]
+    report_refused(source, bad if candidates else refused, len(candidates), bad_rows)
+    same = len(refused) - len(bad)
+    if same:
+        print(f"{source}: {same:,} rows are left out, whose answers are all the same or empty.")
     return candidates
 
 
@@ -120,5 +128,5 @@ def _different_answers(values: object) -> tuple[str, ...]:
             raise RowError(f"answers[{number}]", "holds half of a surrogate pair, which is no character") from None
     different = tuple(dict.fromkeys(answer for answer in values if answer.strip()))
     if len(different) < 2:
-        raise RowError("answers", f"fewer than two different answers that are not empty (there are {len(values)})")
+        raise RowError("answers", f"{NOTHING_TO_COMPARE} (there are {len(values)})")
     return different

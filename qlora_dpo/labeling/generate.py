@@ -113,7 +113,7 @@ def _local(
 
     model, tokenizer = _load(model_name, local)
     apply_prompt_template(tokenizer, local.prompt_template)
-    ids, end_id, refused = _render(tokenizer, prompts, local.max_prompt_length, sampling.max_new_tokens)
+    ids, end_id, refused = render(tokenizer, prompts, local.max_prompt_length, sampling.max_new_tokens)
     yield from refused
     if refused and sampling.bad_rows == "fail":
         return
@@ -198,10 +198,11 @@ def _load(model_name: str | None, local: LocalModelOptions) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _render(
+def render(
     tokenizer: Any, prompts: Sequence[PromptRow], max_prompt_length: int, max_new_tokens: int
 ) -> tuple[dict[int, list[int]], int, list[RefusedRow]]:
-    """Ids of each prompt by row, the token that ends an answer, and the rows that the chat template refuses."""
+    """Ids of each prompt by row, the token that ends an answer, and the rows that the chat template refuses; says how
+    many prompts lost their beginning."""
     from qlora_dpo.data.tokenization import PairTokenizer
 
     whole = PairTokenizer(tokenizer, max_length=2**31, max_prompt_length=2**31 - 1)

@@ -96,12 +96,22 @@ def test_bad_rows_are_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFix
     assert [row.field for row in rows[1:] if isinstance(row, RefusedRow)] == [
         "answers", "answers", "answers[1]", "json", "prompt", "prompt", "reference_answer", "json",
     ]  # fmt: skip
-    with pytest.raises(DataError, match=r"8 of 9 rows .*\n.*c.jsonl:2: answers: fewer than two different"):
+    with pytest.raises(DataError, match=r"7 of 8 rows .*\n.*c.jsonl:3: answers: must be a list"):
         load_candidates(str(file))
     assert len(load_candidates(str(file), "skip")) == 1
-    assert "8 of 9 rows are left out" in capsys.readouterr().out
+    assert "7 of 8 rows are left out" in capsys.readouterr().out
     with pytest.raises(DataError, match="1 of 1 rows"):
         load_candidates(str(write(tmp_path / "d.jsonl", bad[:1])), "skip")
+
+
+def test_a_set_of_equal_answers_is_counted_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "p", "answers": ["a", "b"]}, {"prompt": "q", "answers": ["a", "a", ""]}]
+    assert len(load_candidates(str(write(tmp_path / "c.jsonl", rows)))) == 1
+    assert "1 rows are left out, whose answers are all the same or empty" in capsys.readouterr().out
+    with pytest.raises(DataError, match="fewer than two different answers"):
+        load_candidates(str(write(tmp_path / "d.jsonl", rows[1:])))
 
 
 def test_one_bad_row_among_a_thousand_is_named(tmp_path: Path) -> None:
