@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qlora_dpo.command_line import Command, run_commands
-from qlora_dpo.config.checks import fill_config, plan_config, train_config, verify_config
+from qlora_dpo.config.checks import fill_config, plan_config, score_config, train_config, verify_config
 from qlora_dpo.config.data import (
     CompareLabelsOptions,
     ConvertOptions,
@@ -29,6 +29,8 @@ from qlora_dpo.config.labeling import (
 )
 from qlora_dpo.config.reference import (
     FillOptions,
+    RayOptions,
+    ScoreOptions,
     ServedOptions,
     StoreExportOptions,
     StoreImportOptions,
@@ -55,7 +57,7 @@ COMMANDS = {
     ),
     "reference": Command(
         "Compute the reference's log-probs of a dataset ahead, for all runs to come.",
-        (ModelOptions, DataOptions, FillOptions, EndpointOptions, ServedOptions),
+        (ModelOptions, DataOptions, FillOptions, EndpointOptions, ServedOptions, RayOptions),
         "qlora_dpo.training.reference_commands:fill_store",
         fill_config,
     ),
@@ -84,6 +86,13 @@ COMMANDS = {
         "qlora_dpo.reference.commands:import_rows",
         positional=("file", "store"),
     ),
+    "score": Command(
+        "Say how far an adapter agrees with any file of pairs, row by row, and which labels look wrong.",
+        (ScoreOptions, ModelOptions, DataOptions, RayOptions),
+        "qlora_dpo.training.score_command:score",
+        score_config,
+        defaults="qlora_dpo.training.scored_adapter:defaults_of_adapter",
+    ),
     "data convert": Command(
         "Write pairs in another format and kind of file.",
         (ConvertOptions,),
@@ -93,7 +102,7 @@ COMMANDS = {
     "data mix": Command(
         "Say what a mixture of sources is made of, and write the rows of one epoch.",
         (MixOptions,),
-        "qlora_dpo.data.mix:mix",
+        "qlora_dpo.data.mixtures.mix:mix",
         positional=("file",),
     ),
     "data inspect": Command(

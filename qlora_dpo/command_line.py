@@ -49,15 +49,21 @@ class Command:
     """The function's arguments, from flat options. Default: an object of each group."""
     positional: tuple[str, ...] = ()
     """Options that may be given without their names, in this order: `data lint pairs.jsonl`."""
+    defaults: str | None = None
+    """`module:name` of a function from the flat options to defaults that follow from them, such as what a run says
+    about itself where its folder is named. What is given wins."""
 
     def __call__(self, options: dict[str, Any]) -> None:
         """Run with these flat options."""
         arguments = self.build(options) if self.build else tuple(_filled(group, options) for group in self.options)
-        function = self.run
-        if isinstance(function, str):
-            module, _, name = function.partition(":")
-            function = getattr(import_module(module), name)
+        function = _imported(self.run) if isinstance(self.run, str) else self.run
         function(*arguments)
+
+
+def _imported(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
 
 
 def _filled(group: type, options: dict[str, Any]) -> Any:
@@ -133,8 +139,12 @@ def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:
     kinds = {option.name: str(option.type) for group in command.options for option in fields(group)}
     argv = _name_positionals(argv, command.positional)
     _refuse_unknown_flags(argv, [*kinds, "config", "help", "print_config"])
+    words = _join_values(argv, kinds)
     try:
-        options = parser.parse_args(_join_values(argv, kinds)).as_dict()
+        options = parser.parse_args(words).as_dict()
+        if command.defaults is not None:
+            parser.set_defaults(_imported(command.defaults)(options))
+            options = parser.parse_args(words).as_dict()
     except ArgumentError as error:
         raise UsageError(_plain_words(str(error), kinds)) from error
     return {name: options[name] for name in kinds}

@@ -17,6 +17,12 @@ from tiny import random_pairs, tiny_model, tiny_tokenizer
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What fixtures of a whole module or session compute does not go into the user's cache either."""
+    os.environ["QLORA_DPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data, where there is one."""

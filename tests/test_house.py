@@ -36,7 +36,10 @@ FLOORS = [
     "cli",
 ]
 OPTION_GROUPS = {group for command in (COMMANDS | EVAL_COMMANDS).values() for group in command.options}
-MODULES = sorted(path for path in (ROOT / "qlora_dpo").rglob("*.py") if "__pycache__" not in path.parts)
+MODULES, EVAL_MODULES = (
+    sorted(path for path in (ROOT / package).rglob("*.py") if "__pycache__" not in path.parts)
+    for package in ("qlora_dpo", "eval")
+)
 
 
 def floor_of(module: str) -> int:
@@ -73,8 +76,8 @@ def test_every_folder_has_its_floor() -> None:
 
 
 def test_every_module_can_be_imported_and_has_no_effects(tmp_path: Path) -> None:
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.stem != "__main__"]
-    names += [f"eval.{path.stem}" for path in (ROOT / "eval").glob("*.py") if path.stem != "__main__"]
+    every = [*MODULES, *EVAL_MODULES]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in every if path.stem != "__main__"]
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     environment = {
         "PYTHONPATH": str(ROOT),
@@ -91,8 +94,11 @@ def test_every_module_can_be_imported_and_has_no_effects(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "command",
-    ["qlora_dpo", "qlora_dpo train", "qlora_dpo plan", "qlora_dpo merge", "qlora_dpo env", "eval", "eval app"],
-)
+    [
+        "qlora_dpo", "qlora_dpo train", "qlora_dpo plan", "qlora_dpo score", "qlora_dpo merge", "qlora_dpo env",
+        "eval", "eval app", "eval compare", "eval gate", "eval report",
+    ],
+)  # fmt: skip
 def test_help_is_fast_and_imports_no_torch(command: str) -> None:
     program, *rest = command.split()
     code = (
@@ -110,7 +116,7 @@ def test_help_is_fast_and_imports_no_torch(command: str) -> None:
 
 
 def test_every_option_is_read_somewhere() -> None:
-    sources = {path: path.read_text(encoding="utf-8") for path in [*MODULES, *(ROOT / "eval").glob("*.py")]}
+    sources = {path: path.read_text(encoding="utf-8") for path in [*MODULES, *EVAL_MODULES]}
     is_option_file = {path: path.parent.name == "config" or path.name == "options.py" for path in sources}
     text = "\n".join(code for path, code in sources.items() if not is_option_file[path])
     text += (ROOT / "qlora_dpo/config/checks.py").read_text(encoding="utf-8")

@@ -23,15 +23,16 @@ def clone(tmp_path: Path) -> Path:
         (tmp_path / script).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / script, tmp_path / script)
     (tmp_path / "requirements.txt").write_text("")
-    (tmp_path / "qlora_dpo").mkdir()
-    (tmp_path / "qlora_dpo" / "__init__.py").write_text("")
-    (tmp_path / "qlora_dpo" / "__main__.py").write_text(
-        "import os, signal, sys, time\n"
-        "print(sys.argv[1:], sys.prefix, flush=True)\n"
-        "if 'wait' in sys.argv:\n"
-        "    signal.signal(signal.SIGTERM, lambda *_: (print('got it', flush=True), os._exit(75)))\n"
-        "    time.sleep(30)\n"
-    )
+    for program in ("qlora_dpo", "eval"):
+        (tmp_path / program).mkdir()
+        (tmp_path / program / "__init__.py").write_text("")
+        (tmp_path / program / "__main__.py").write_text(
+            "import os, signal, sys, time\n"
+            "print(sys.argv[1:], sys.prefix, flush=True)\n"
+            "if 'wait' in sys.argv:\n"
+            "    signal.signal(signal.SIGTERM, lambda *_: (print('got it', flush=True), os._exit(75)))\n"
+            "    time.sleep(30)\n"
+        )
     return tmp_path
 
 
@@ -56,7 +57,7 @@ def test_first_run_makes_a_venv_and_says_so_and_the_second_is_quiet(clone: Path,
     assert f"['train', '--beta', '0.2 3'] {clone / '.venv'}" in first.stdout
     assert "Making the virtual environment" in first.stderr and "Installing requirements.txt" in first.stderr
     second = run(clone / "run_dpo_training.sh", cwd=elsewhere, QLORA_DPO_VENV="")
-    assert (second.stdout.split("]")[0], second.stderr) == ("['train'", "")
+    assert (second.stdout.split("]")[0], second.stderr) == ("['demo'", "")
     (clone / "requirements.txt").write_text("# changed\n")
     assert "Installing" in run(clone / "run_dpo_training.sh", cwd=elsewhere, QLORA_DPO_VENV="").stderr
 

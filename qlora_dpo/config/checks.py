@@ -8,7 +8,14 @@ from dataclasses import fields
 from typing import Any
 
 from qlora_dpo.config.labeling import EndpointOptions, refuse_ignored
-from qlora_dpo.config.reference import FillOptions, ServedOptions, StoreOptions, StoreVerifyOptions
+from qlora_dpo.config.reference import (
+    FillOptions,
+    RayOptions,
+    ScoreOptions,
+    ServedOptions,
+    StoreOptions,
+    StoreVerifyOptions,
+)
 from qlora_dpo.config.training import TRAIN_GROUPS, LossOptions, PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import UsageError
 
@@ -51,7 +58,9 @@ def plan_config(options: dict[str, Any]) -> tuple[TrainConfig, PlanOptions]:
     return config, own
 
 
-def fill_config(options: dict[str, Any]) -> tuple[TrainConfig, FillOptions, EndpointOptions, ServedOptions]:
+def fill_config(
+    options: dict[str, Any],
+) -> tuple[TrainConfig, FillOptions, EndpointOptions, ServedOptions, RayOptions]:
     """Build the checked options of `reference`: the model and the data as in `train`, and its own.
 
     Raises:
@@ -74,7 +83,26 @@ def fill_config(options: dict[str, Any]) -> tuple[TrainConfig, FillOptions, Endp
     for name in ("verify", "max_drift"):
         if getattr(served, name) < 0:
             raise UsageError(f"--{name} {getattr(served, name)}: must be at least 0.")
-    return config, own, server, served
+    return config, own, server, served, ray_options(options)
+
+
+def ray_options(options: dict[str, Any]) -> RayOptions:
+    """Build the checked options of --engine.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    ray: RayOptions = _filled(RayOptions, options)
+    if ray.engine == "local":
+        refuse_ignored(ray, "--engine local has no workers")
+    if ray.ray_workers is not None and ray.ray_workers < 1:
+        raise UsageError(f"--ray_workers {ray.ray_workers}: must be above 0.")
+    if (ray.ray_address or "").startswith("ray://"):
+        raise UsageError(
+            f"--ray_address {ray.ray_address}: the command itself runs in the cluster. Start it on one of its machines "
+            "(`ray job submit` does), with the address of the head, such as 10.0.0.1:6379, or without one."
+        )
+    return ray
 
 
 def _filled(group: type, options: dict[str, Any]) -> Any:
@@ -98,6 +126,33 @@ def verify_config(options: dict[str, Any]) -> tuple[TrainConfig, StoreVerifyOpti
         if getattr(own, name) != getattr(defaults, name):
             raise UsageError(f"--{name} would be ignored: name --model_name_or_path and --dataset to compute again.")
     return config, own
+
+
+def score_config(options: dict[str, Any]) -> tuple[TrainConfig, ScoreOptions, RayOptions]:
+    """Build the checked options of `score`: the model and the data as in `train`, and its own.
+
+    Raises:
+        UsageError: naming every option that cannot work or would be ignored.
+    """
+    own: ScoreOptions = _filled(ScoreOptions, options)
+    if options["dataset"] is None:
+        raise UsageError("score needs --dataset: name a file, a folder or a Hub id of pairs.")
+    if options["model_name_or_path"] is None:
+        named = "--adapter none" if own.adapter == "none" else f"--adapter {own.adapter} names no base, so score"
+        raise UsageError(f"{named} needs --model_name_or_path: a local model folder or a Hub id.")
+    if options["objective"] == "sft":
+        raise UsageError("--objective sft has no pairs to score: leave it out.")
+    if own.worst is not None and own.worst < 1:
+        raise UsageError(f"--worst {own.worst}: must be above 0.")
+    if own.adapter == "none":
+        refuse_ignored(own, "--adapter none gives no rewards", "beta")
+    config = train_config(options)
+    refuse_ignored(config.data, "score takes every pair of --dataset", *_OF_HOLDING_OUT)
+    return config, own, ray_options(options)
+
+
+# Options of `train` that divide a data set, or look for what is wrong with it.
+_OF_HOLDING_OUT = ("eval_dataset", "eval_split", "eval_fraction", "max_train_samples", "max_eval_samples", "lint")
 
 
 def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:

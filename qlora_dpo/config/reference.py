@@ -52,6 +52,42 @@ class ServedOptions:
 
 
 @dataclass(frozen=True)
+class RayOptions:
+    """Ray: the workers of a cluster that compute in place of this machine."""
+
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: Ray Data hands out the pairs to workers, each with a model of its own, or asking the
+    servers at --endpoint. Needs the extra qlora_dpo[ray], here and on every node."""
+    ray_address: str | None = None
+    """Address of the cluster, such as 10.0.0.1:6379. Default: RAY_ADDRESS, or the cluster that runs on this machine;
+    where there is none, one is started here for the command."""
+    ray_workers: int | None = None
+    """How many workers. Default: one for each GPU; without GPUs, and with --endpoint, one for each node."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Score: with which adapter, and where the scores go. What is not given of --beta and of the options of model and
+    tokens is, where --adapter is a run, as in that run."""
+
+    adapter: str
+    """A run folder, a checkpoint in one, or a PEFT LoRA folder; none: the model itself, without an adapter."""
+    output: Path
+    """File to write: .jsonl, .jsonl.gz or .parquet. Its summary goes to *.summary.json beside it."""
+    beta: float = 0.1
+    """Scale of the rewards (arXiv 2305.18290)."""
+    worst: int | None = None
+    """Write only the N most suspicious rows, the worst first. Default: all rows, in their order."""
+    per_token: bool = False
+    """Add the tokens of both answers with the log-prob of each."""
+    store: Path | None = None
+    """SQLite file of the log-probs of both reference and policy. Default: for each the file in which `train` would look
+    for it as a reference."""
+    max_tokens_per_microbatch: int | None = None
+    """Tokens that go through the model at once. Default: what fits, found by measuring, on a GPU; 8192 on a CPU."""
+
+
+@dataclass(frozen=True)
 class StoreInfoOptions:
     """Info: of which store."""
 

@@ -14,12 +14,12 @@ from qlora_dpo.data import pair_store
 from qlora_dpo.data.control_tokens import tokenizer_content
 from qlora_dpo.data.conversation_tokens import TokenizedConversation
 from qlora_dpo.data.conversations import detect_conversation_format, parse_conversation
+from qlora_dpo.data.files.readers import Row, Rows, settled_format
+from qlora_dpo.data.files.sources import Source
 from qlora_dpo.data.formats import detect_format, parse_row
 from qlora_dpo.data.messages import Values
 from qlora_dpo.data.preferences import RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
-from qlora_dpo.data.readers import Row, Rows, settled_format
-from qlora_dpo.data.sources import Source
 from qlora_dpo.data.tokenization import TokenizedPair
 
 # Part of the cache key: raise it when the same file would give other ids or another report.

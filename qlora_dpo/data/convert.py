@@ -10,13 +10,13 @@ from pathlib import Path
 
 from qlora_dpo.config.checks import nearest
 from qlora_dpo.config.data import ConvertOptions
+from qlora_dpo.data.files.readers import file_kind
+from qlora_dpo.data.files.sources import open_source
+from qlora_dpo.data.files.writers import WRITERS, AddRow, is_flat, row_writer
 from qlora_dpo.data.formats import FORMATS, all_columns, check_format, write_row
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, PreferencePair, RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
-from qlora_dpo.data.readers import file_kind
-from qlora_dpo.data.sources import open_source
-from qlora_dpo.data.writers import WRITERS, AddRow, is_flat, row_writer
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 _SHOWN_ROWS = 20

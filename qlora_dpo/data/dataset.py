@@ -17,11 +17,11 @@ from qlora_dpo.data import pair_store
 from qlora_dpo.data.building import CONVERSATIONS, PAIRS, TokenizingJob
 from qlora_dpo.data.conversation_tokens import ConversationTokenizer, TokenizedConversation
 from qlora_dpo.data.conversations import ConversationColumns, check_conversation_format
+from qlora_dpo.data.files.sources import open_source
 from qlora_dpo.data.formats import ColumnNames, check_format
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.ragged import Ragged
 from qlora_dpo.data.report import DataReport
-from qlora_dpo.data.sources import open_source
 from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
 from qlora_dpo.errors import StorageError, UsageError
 

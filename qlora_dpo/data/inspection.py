@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.languages import UNKNOWN, language_of
-from qlora_dpo.data.lint_sets import length_bias
+from qlora_dpo.data.linting.sets import length_bias
 from qlora_dpo.data.preferences import PreferencePair
 from qlora_dpo.data.report import DataReport
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from qlora_dpo.data.files.readers import Row, Rows, settled_format
+from qlora_dpo.data.files.sources import Source
 from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.readers import Row, Rows, settled_format
-from qlora_dpo.data.sources import Source
 
 
 @dataclass(slots=True)

@@ -67,17 +67,19 @@ def run_training(config: TrainConfig) -> None:
         train(config)
 
 
-def run_demo(config: TrainConfig) -> None:
-    """Run the demo (or continue it) and print its table."""
-    config = demo_config(config)
+def run_demo(config: TrainConfig) -> Trained | None:
+    """Run the demo (or continue it) and print its table; returns None where it had finished before."""
+    config, trained = demo_config(config), None
     with open_run(config) as run:
         if not run.is_finished:
             print("The embedded demo: a tiny base model, quantized to 4 bit, learns from preference pairs to explain")
             print("its answers. Your own model and pairs: ./run_dpo_training.sh --model_name_or_path M --dataset D\n")
             make_pairs(config)
         if not (run.path / RESULT).is_file():
-            record(run, ask(train_in(run, config) or load_again(run, config), config))
+            trained = train_in(run, config) or load_again(run, config)
+            record(run, ask(trained, config))
         print_result(run, json.loads((run.path / RESULT).read_text(encoding="utf-8")))
+    return trained
 
 
 def load_again(run: RunFolder, config: TrainConfig) -> Trained:
@@ -135,6 +137,7 @@ def make_pairs(config: TrainConfig) -> None:
                 "chosen": question.explained,
                 "rejected": own,
                 "category": question.category,
+                "fact": question.fact,
             }
             for question, own in zip(questions, answers, strict=True)
             if own and own != question.explained

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qlora_dpo.data.files.readers import Row, Rows, settled_format
+from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.readers import Row, Rows, settled_format
-from qlora_dpo.data.sources import read_rows
 from qlora_dpo.labeling.refused import report_refused
 
 NOTHING_TO_COMPARE = "fewer than two different answers that are not empty"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_dpo.config.data import CompareLabelsOptions
+from qlora_dpo.data.files.readers import Row
+from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import ColumnNames, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.readers import Row
-from qlora_dpo.data.sources import read_rows
 from qlora_dpo.errors import DataError
 from qlora_dpo.labeling.agreement import cohen_kappa
 from qlora_dpo.labeling.candidates import blind_candidates, format_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -113,7 +113,7 @@ def _local(
 
     model, tokenizer = _load(model_name, local)
     apply_prompt_template(tokenizer, local.prompt_template)
-    ids, end_id, refused = render(tokenizer, prompts, local.max_prompt_length, sampling.max_new_tokens)
+    ids, end_id, refused, _ = render(tokenizer, prompts, local.max_prompt_length, sampling.max_new_tokens)
     yield from refused
     if refused and sampling.bad_rows == "fail":
         return
@@ -198,11 +198,21 @@ def _load(model_name: str | None, local: LocalModelOptions) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def render(
-    tokenizer: Any, prompts: Sequence[PromptRow], max_prompt_length: int, max_new_tokens: int
-) -> tuple[dict[int, list[int]], int, list[RefusedRow]]:
-    """Ids of each prompt by row, the token that ends an answer, and the rows that the chat template refuses; says how
-    many prompts lost their beginning."""
+class Rendered(NamedTuple):
+    """Prompts as token ids."""
+
+    ids: dict[int, list[int]]
+    """By row."""
+    end_id: int
+    """The token that ends an answer."""
+    refused: list[RefusedRow]
+    """Rows that the chat template refuses."""
+    truncated: list[int]
+    """Rows that lost their beginning."""
+
+
+def render(tokenizer: Any, prompts: Sequence[PromptRow], max_prompt_length: int, max_new_tokens: int) -> Rendered:
+    """Prompts as the model gets them; says how many lost their beginning."""
     from qlora_dpo.data.tokenization import PairTokenizer
 
     whole = PairTokenizer(tokenizer, max_length=2**31, max_prompt_length=2**31 - 1)
@@ -211,7 +221,7 @@ def render(
     )
     ids: dict[int, list[int]] = {}
     refused: list[RefusedRow] = []
-    truncated = 0
+    truncated: list[int] = []
     for prompt in prompts:
         try:
             ids[prompt.number] = whole.render_prompt_ids(prompt.prompt)
@@ -219,11 +229,11 @@ def render(
             refused.append(RefusedRow(prompt.origin, "prompt", f"the chat template refuses it ({error.__cause__})"))
             continue
         if len(ids[prompt.number]) > max_prompt_length:
-            truncated += 1
+            truncated.append(prompt.number)
             ids[prompt.number] = fitting.render_prompt_ids(prompt.prompt)
     if truncated:
-        print(f"truncated: {truncated:,} prompts are longer than {max_prompt_length} tokens (the end was kept)")
-    return ids, whole.end_id, refused
+        print(f"truncated: {len(truncated):,} prompts are longer than {max_prompt_length} tokens (the end was kept)")
+    return Rendered(ids, whole.end_id, refused, truncated)
 
 
 def _check(

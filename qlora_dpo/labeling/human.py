@@ -25,7 +25,7 @@ SHORTCUTS = """() => {
     const key = event.key.toLowerCase();
     if (!/^[0-9su]$/.test(key)) return;
     const button = document.getElementById("label-" + key);
-    if (button && !button.disabled) { event.preventDefault(); button.click(); }
+    if (button?.offsetParent && !button.disabled) { event.preventDefault(); button.click(); }
   });
 }"""
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_dpo.data.files.readers import Row
+from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import detect_format, parse_row
 from qlora_dpo.data.messages import check_prompt, clean_text, keys_of, messages_of, optional_text_of
 from qlora_dpo.data.preferences import ColumnNames, Message, PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.readers import Row
-from qlora_dpo.data.sources import read_rows
 from qlora_dpo.errors import UsageError
 from qlora_dpo.labeling.refused import report_refused
 

@@ -18,6 +18,8 @@ class Completion:
 
     text: str
     finish_reason: Literal["stop", "length"]
+    ids: tuple[int, ...]
+    """What the model wrote, up to the end token and with it."""
 
 
 def generate(
@@ -70,17 +72,28 @@ def complete(
     max_new_tokens: int,
     end_token_ids: Sequence[int],
     temperature: float,
+    watch: Callable[[torch.Tensor], None] = lambda ids: None,
 ) -> list[Completion]:
     """One answer to each prompt, all in one batch; each is drawn by its own seed, whatever else is in the batch.
 
-    The model must be in `eval()`.
+    The model must be in `eval()`. `watch` gets all new ids [B, T] after each token and may raise to stop there.
     """
     draw = _DrawBySeed(seeds, temperature, max_new_tokens, model.device) if temperature > 0 else None
     with torch.no_grad():
-        ids = _generate_batch(model, tokenizer, list(prompts), max_new_tokens, end_token_ids, 0.0, draw=draw)
-    ends = torch.isin(ids, torch.tensor(list(end_token_ids), device=ids.device)).any(dim=1).tolist()
+        ids = _generate_batch(
+            model, tokenizer, list(prompts), max_new_tokens, end_token_ids, 0.0, draw=draw, watch=watch
+        )
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [Completion(text.strip(), "stop" if end else "length") for text, end in zip(texts, ends, strict=True)]
+    return [
+        _completion(text.strip(), written, set(end_token_ids))
+        for text, written in zip(texts, ids.tolist(), strict=True)
+    ]
+
+
+def _completion(text: str, ids: Sequence[int], ends: set[int]) -> Completion:
+    """The answer of one row of a batch, behind whose end there is padding."""
+    end = next((place for place, id_ in enumerate(ids) if id_ in ends), None)
+    return Completion(text, "length", tuple(ids)) if end is None else Completion(text, "stop", tuple(ids[: end + 1]))
 
 
 class _DrawBySeed:
@@ -112,6 +125,7 @@ def _generate_batch(
     temperature: float,
     pause: Callable[[], None] = lambda: None,
     draw: _DrawBySeed | None = None,
+    watch: Callable[[torch.Tensor], None] = lambda ids: None,
 ) -> torch.Tensor:
     """New token ids [B, <= max_new_tokens] of left-padded prompts; `draw` chooses them in place of transformers."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -124,6 +138,7 @@ def _generate_batch(
 
     def never_enough(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         pause()
+        watch(ids[:, width:])
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     sampling: dict[str, Any] = {"do_sample": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -15,6 +16,7 @@ from torch import nn
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 
 POLICY, REFERENCE = "default", "reference"
+_LONGEST_REASON = 200  # characters
 
 # Fields of adapter_config.json. PEFT imports what the first two name; of the others only these belong to plain LoRA.
 IMPORTING_FIELDS = ("auto_mapping", "megatron_config", "base_model_class", "parent_library")
@@ -67,12 +69,19 @@ def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
 
     check_adapter_folder(folder)
     try:
-        return PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{folder}: the adapter does not fit this base ({reason}). Was it trained on another one?"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
+        unknown = _restored(model, folder)
+    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+        raise _does_not_fit(folder, str(error).splitlines()[0][:_LONGEST_REASON]) from error
+    if unknown:
+        raise _does_not_fit(folder, f"it has {unknown[0]}, and the base has no such layer")
+    return model
+
+
+def _does_not_fit(folder: Path, reason: str) -> ModelError:
+    return ModelError(f"{folder}: the adapter does not fit this base ({reason}). Was it trained on another one?")
 
 
 def add_frozen_reference(model: Any, folder: Path) -> None:
@@ -181,7 +190,15 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 def restore_adapter(model: Any, folder: Path) -> None:
     """Load a checkpoint's adapter into the policy."""
+    _restored(model, folder)
+
+
+def _restored(model: Any, folder: Path) -> list[str]:
+    """Load an adapter's weights into the policy; returns the names of those that it has no place for."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name=POLICY)
+    weights = load_file(folder / "adapter_model.safetensors")
+    found: Any = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    unknown: list[str] = found.unexpected_keys
+    return unknown

@@ -126,7 +126,7 @@ def sft_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
     """
     if inputs.pairs.mean_chosen_length is None:
         raise ValueError("the sft loss needs mean_chosen_length: chosen tokens of the step divided by its pairs")
-    return inputs.pairs.chosen_nll / inputs.pairs.mean_chosen_length
+    return -inputs.pairs.unscaled.chosen / inputs.pairs.mean_chosen_length
 
 
 def _smoothed(margins: Tensor, label_smoothing: float | Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from qlora_dpo.objectives.pairs import PairStatistics
 
 CHOSEN_SHIFT = "displacement/chosen_per_token"
 """How much likelier than under the reference each token of the chosen answers is: the mean over pairs, in nats."""
+REJECTED_SHIFT = "displacement/rejected_per_token"
+"""The same of the rejected answers."""
 
 
 def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> dict[str, Tensor]:
@@ -24,7 +26,10 @@ def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> di
         "rewards/margins": chosen_rewards - rejected_rewards,
         "logps/chosen": pairs.policy.chosen,
         "logps/rejected": pairs.policy.rejected,
-        CHOSEN_SHIFT: pairs.chosen_shift,
+        CHOSEN_SHIFT: pairs.shift_per_token.chosen,
+        REJECTED_SHIFT: pairs.shift_per_token.rejected,
+        "lengths/chosen": pairs.chosen_lengths,
+        "lengths/rejected": pairs.rejected_lengths,
     }
     return {name: value.detach() for name, value in values.items()}
 

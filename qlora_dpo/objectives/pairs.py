@@ -27,10 +27,10 @@ class PairStatistics:
     reference: PairLogps
     chosen_lengths: Tensor
     rejected_lengths: Tensor
-    chosen_nll: Tensor
-    """Negative log-likelihood of the chosen completion under the policy, summed over all its tokens."""
-    reference_chosen_nll: Tensor
-    """The same under the reference."""
+    unscaled: PairLogps
+    """Of the policy, summed over all tokens with the same weight, whatever the loss."""
+    unscaled_reference: PairLogps
+    """The same of the reference."""
     weights: Tensor | None = None
     """What each pair's loss is multiplied by; None where every pair counts once."""
     label_smoothing: Tensor | None = None
@@ -39,9 +39,12 @@ class PairStatistics:
     """Chosen tokens of the whole optimizer step divided by its pairs; only the `sft` term needs it."""
 
     @property
-    def chosen_shift(self) -> Tensor:
-        """Log-prob of the chosen completion under the policy minus that under the reference, per token."""
-        return (self.reference_chosen_nll - self.chosen_nll) / self.chosen_lengths
+    def shift_per_token(self) -> PairLogps:
+        """Log-prob of each completion under the policy minus that under the reference, per token."""
+        return PairLogps(
+            (self.unscaled.chosen - self.unscaled_reference.chosen) / self.chosen_lengths,
+            (self.unscaled.rejected - self.unscaled_reference.rejected) / self.rejected_lengths,
+        )
 
 
 def pair_logps(per_token_logps: Tensor, lengths: Sequence[int], ld_alpha: float | None = None) -> PairLogps:

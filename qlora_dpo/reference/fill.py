@@ -60,8 +60,10 @@ class Shard:
         return int.from_bytes(key[:8], "big") % self.of == self.number - 1
 
 
-def fill(pairs: Sequence[Pair], rows: ModelRows, way: Way, shard: Shard) -> tuple[int, int]:
+def fill(pairs: Sequence[Pair], rows: ModelRows, way: Way, shard: Shard, name: str = "reference") -> tuple[int, int]:
     """Compute what the store lacks of the shard's pairs; returns how many were computed, and how many there were.
+
+    `name` is what the progress bar calls them.
 
     What was computed is in the store when a kill comes, but for the micro-batch that was being computed.
 
@@ -70,9 +72,7 @@ def fill(pairs: Sequence[Pair], rows: ModelRows, way: Way, shard: Shard) -> tupl
     """
     own, missing = _missing(pairs, rows, shard)
     seconds = 0.2 if sys.stderr.isatty() else 10
-    with tqdm(
-        total=2 * len(missing), unit=" completions", desc="reference", mininterval=seconds, file=sys.stderr
-    ) as bar:
+    with tqdm(total=2 * len(missing), unit=" completions", desc=name, mininterval=seconds, file=sys.stderr) as bar:
 
         def keep(new: Mapping[bytes, Logps]) -> None:
             rows.put(new)

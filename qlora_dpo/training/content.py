@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from qlora_dpo.config.training import TrainConfig
+from qlora_dpo.config.training import ModelOptions, TrainConfig
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.loading import load_config
 from qlora_dpo.training.data import TrainingData
@@ -20,16 +20,23 @@ def content_of(config: TrainConfig, data: TrainingData) -> dict[str, str]:
         StorageError, ModelError: the base or the adapter cannot be read.
     """
     model = config.model
-    base = str(model.model_name_or_path)
-    content = {"dataset": data.fingerprint}
-    if Path(base).expanduser().is_dir():
-        content["model_name_or_path"] = weights_fingerprint(Path(base).expanduser())
-    else:
-        loaded = load_config(base, model.model_revision, model.trust_remote_code)
-        content["model_name_or_path"] = str(getattr(loaded, "_commit_hash", None))
-    if model.reference_model not in (None, base):
+    content = {"dataset": data.fingerprint, "model_name_or_path": base_fingerprint(model)}
+    if model.reference_model not in (None, model.model_name_or_path):
         content["reference_model"] = weights_fingerprint(Path(str(model.reference_model)))
     return content
+
+
+def base_fingerprint(model: ModelOptions) -> str:
+    """What tells the base's weights from others: samples of them, or the commit of a Hub model.
+
+    Raises:
+        StorageError, ModelError: it cannot be read.
+    """
+    base = str(model.model_name_or_path)
+    if Path(base).expanduser().is_dir():
+        return weights_fingerprint(Path(base).expanduser())
+    loaded = load_config(base, model.model_revision, model.trust_remote_code)
+    return str(getattr(loaded, "_commit_hash", None))
 
 
 def weights_fingerprint(folder: Path) -> str:

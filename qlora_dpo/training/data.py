@@ -16,8 +16,8 @@ from qlora_dpo.data.dataset import (
     load_preference_dataset,
     split_by_prompt,
 )
-from qlora_dpo.data.mixture import is_mixture
-from qlora_dpo.data.sampling import Sampler
+from qlora_dpo.data.mixtures.mixture import is_mixture
+from qlora_dpo.data.mixtures.sampling import Sampler
 from qlora_dpo.errors import DataError
 from qlora_dpo.objectives.categories import Categories, make_categories
 from qlora_dpo.training.mixing import Mixed, load_mixed

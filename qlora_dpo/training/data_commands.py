@@ -10,17 +10,17 @@ from typing import Any
 
 from qlora_dpo.config.data import InspectOptions, LintOptions, PairFileOptions, TokenOptions
 from qlora_dpo.data.dataset import PairDataset, load_preference_dataset
+from qlora_dpo.data.files.sources import open_source
 from qlora_dpo.data.formats import ColumnNames, check_format
 from qlora_dpo.data.inspection import count_texts, inspection, table
 from qlora_dpo.data.inspection_plot import draw_inspection
-from qlora_dpo.data.lint import kept_texts, lint_pairs, text_source, tokenized_source
-from qlora_dpo.data.lint_tokens import facts_of
-from qlora_dpo.data.mixture import is_mixture, read_mixture
+from qlora_dpo.data.linting.lint import kept_texts, lint_pairs, text_source, tokenized_source
+from qlora_dpo.data.linting.preview import preview
+from qlora_dpo.data.linting.tokens import facts_of
+from qlora_dpo.data.mixtures.mixture import is_mixture, read_mixture
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
-from qlora_dpo.data.preview import preview
 from qlora_dpo.data.report import DataReport
-from qlora_dpo.data.sources import open_source
 from qlora_dpo.data.templates import apply_prompt_template
 from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.training.linting import refuse_errors

@@ -14,9 +14,9 @@ import numpy as np
 
 from qlora_dpo.config.training import DataOptions
 from qlora_dpo.data.dataset import PairDataset
-from qlora_dpo.data.lint import LINT_VERSION, lint_pairs, tokenized_source
-from qlora_dpo.data.lint_report import LintReport
-from qlora_dpo.data.lint_tokens import facts_of
+from qlora_dpo.data.linting.lint import LINT_VERSION, lint_pairs, tokenized_source
+from qlora_dpo.data.linting.report import LintReport
+from qlora_dpo.data.linting.tokens import facts_of
 from qlora_dpo.errors import DataError
 from qlora_dpo.training.data import TrainingData
 from qlora_dpo.training.run_folder import write_atomically
@@ -25,15 +25,17 @@ SHOWN = 3
 _KEPT_ROWS = 20  # of each rule
 
 
-def lint_training_data(options: DataOptions, data: TrainingData, tokenizer: Any) -> None:
+def lint_training_data(options: DataOptions, data: TrainingData, tokenizer: Any) -> LintReport | None:
     """Apply the rules of `data lint`, or take what they found in the same pairs from the cache, and print it.
+
+    Returns what was found, None where nothing was looked at.
 
     Raises:
         DataError: a rule found errors and --lint is block.
     """
     datasets = [source for source in data.sources if isinstance(source, PairDataset)]
     if options.lint == "off" or len(datasets) < len(data.sources):
-        return
+        return None
     file = datasets[0].folder / f"lint-{_key(datasets, data)}.json"
     report = _read(file)
     if report is None:
@@ -50,6 +52,7 @@ def lint_training_data(options: DataOptions, data: TrainingData, tokenizer: Any)
         print("\n".join(report.lines(SHOWN)), file=sys.stderr)
     if options.lint == "block":
         refuse_errors(report, str(options.dataset))
+    return report
 
 
 def refuse_errors(report: LintReport, file: str) -> None:

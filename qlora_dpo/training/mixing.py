@@ -12,9 +12,9 @@ import numpy as np
 from qlora_dpo.config.training import DataOptions
 from qlora_dpo.data.chained import Chained, Chosen
 from qlora_dpo.data.dataset import ConversationDataset, PairDataset, split_by_prompt
-from qlora_dpo.data.mixture import MixtureSource, read_mixture
-from qlora_dpo.data.sampling import LEFT_OUT, Sampler
-from qlora_dpo.data.strata import Share, Strata, sentences_of
+from qlora_dpo.data.mixtures.mixture import MixtureSource, read_mixture
+from qlora_dpo.data.mixtures.sampling import LEFT_OUT, Sampler
+from qlora_dpo.data.mixtures.strata import Share, Strata, sentences_of
 from qlora_dpo.errors import UsageError
 
 Loader = Callable[..., PairDataset | ConversationDataset]

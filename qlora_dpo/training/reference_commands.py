@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
 from qlora_dpo.config.labeling import EndpointOptions
-from qlora_dpo.config.reference import FillOptions, ServedOptions, StoreVerifyOptions
+from qlora_dpo.config.reference import FillOptions, RayOptions, ServedOptions, StoreVerifyOptions
 from qlora_dpo.config.training import LoraOptions, TrainConfig
 from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.packing import LayoutKind, Pair, batch_cost, pack
@@ -30,15 +32,18 @@ from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.device_memory import DeviceMemory, device_memory
 from qlora_dpo.training.linting import lint_training_data
 from qlora_dpo.training.preflight import LARGE, SMALL, fitting_budget
+from qlora_dpo.training.ray_cluster import on_a_worker, ray_workers
+from qlora_dpo.training.ray_reference import RayWay
 from qlora_dpo.training.referencing import (
     Recomputed,
     brief,
     default_store,
+    identity_by_files,
     identity_of_reference,
     measured_drift,
     refuse_unusable_store,
 )
-from qlora_dpo.training.served_reference import served_way
+from qlora_dpo.training.served_reference import Texts, served_way
 from qlora_dpo.training.train import load_policy, load_training_tokenizer
 
 ON_CPU = 8192  # tokens of a micro-batch
@@ -54,7 +59,9 @@ class LoadedReference:
     device: torch.device
 
 
-def fill_store(config: TrainConfig, options: FillOptions, server: EndpointOptions, served: ServedOptions) -> None:
+def fill_store(
+    config: TrainConfig, options: FillOptions, server: EndpointOptions, served: ServedOptions, ray: RayOptions
+) -> None:
     """The `reference` command: compute what a store lacks of a dataset's pairs.
 
     Raises:
@@ -64,25 +71,25 @@ def fill_store(config: TrainConfig, options: FillOptions, server: EndpointOption
     refuse_unusable_store(options.store)
     data = load_pairs(config)
     pairs = pairs_to_fill(config, data)
-    device = choose_device(config.model.use_cpu)
+    if server.endpoint:
+        texts = [source.texts for source in data.sources if isinstance(source, PairDataset)]
+        ways = served_ways(config, server, served, ray, pairs, texts)
+    else:
+        ways = way_of(config, ray, pairs)
     try:
-        way = (
-            served_by(server, served, config, data, pairs, device)
-            if server.endpoint
-            else local_way(config, pairs, device)
-        )
-        path = options.store or default_store(way.identity)
-        with ReferenceStore.open(path) as store:
-            rows = store.of(way.identity)
-            computed, found = fill(pairs, rows, way, shard)
-            of = f" of part {options.shard}" if shard.of > 1 else ""
-            size = sum(file.stat().st_size for file in store_files(path))
-            print(
-                f"reference: {computed:,} pairs computed, {found - computed:,}{of} were there; {path} has "
-                f"{len(rows):,} completions of this model now ({size / 1e6:,.1f} MB)."
-            )
+        with ways as way:
+            path = options.store or default_store(way.identity)
+            with ReferenceStore.open(path) as store:
+                rows = store.of(way.identity)
+                computed, found = fill(pairs, rows, way, shard)
+                of = f" of part {options.shard}" if shard.of > 1 else ""
+                size = sum(file.stat().st_size for file in store_files(path))
+                print(
+                    f"reference: {computed:,} pairs computed, {found - computed:,}{of} were there; {path} has "
+                    f"{len(rows):,} completions of this model now ({size / 1e6:,.1f} MB)."
+                )
     except torch.OutOfMemoryError as error:
-        raise out_of_memory("computing the reference", device) from error
+        raise out_of_memory("computing the reference", choose_device(config.model.use_cpu)) from error
 
 
 def verify_store(config: TrainConfig, options: StoreVerifyOptions) -> None:
@@ -147,27 +154,63 @@ def load_reference(config: TrainConfig, pairs: Sequence[Any], device: torch.devi
     return LoadedReference(identity_of_reference(config.model, model), reference_score(model, scorer), scorer, device)
 
 
-def local_way(config: TrainConfig, pairs: Sequence[Any], device: torch.device) -> Way:
+@contextmanager
+def way_of(config: TrainConfig, ray: RayOptions, pairs: Sequence[Any]) -> Iterator[Way]:
+    """With the model, in this process or on the workers of a cluster."""
+    if ray.engine == "local":
+        yield local_way(config, pairs)
+        return
+    with ray_workers(ray, use_gpu=not config.model.use_cpu) as workers:
+        # What is missing must be known before anything is computed, and so the identity before any worker has its
+        # model. A node finds it by the files, without loading them; this machine may have only the tokenizer.
+        identity = on_a_worker(workers, partial(identity_by_files, config.model))
+        yield Way(identity, RayWay(partial(local_way, config), pairs, identity, workers))
+
+
+def local_way(config: TrainConfig, pairs: Sequence[Any]) -> Way:
     """With the model in this machine's memory."""
+    device = choose_device(config.model.use_cpu)
     loaded = load_reference(config, pairs, device)
-    memory, kind = device_memory(device), loaded.scorer.kind
     budget = config.training.max_tokens_per_microbatch
+    return Way(loaded.identity, local_compute(loaded.score, pairs, loaded.scorer.kind, device, budget))
+
+
+def local_compute(
+    score: Score, pairs: Sequence[Pair], kind: LayoutKind, device: torch.device, budget: int | None
+) -> LocalWay:
+    """Computes in micro-batches of `budget` tokens, by default of as many as fit."""
+    memory = device_memory(device)
     if budget is None:
-        budget = ON_CPU if memory is None else measured_budget(loaded.score, pairs, kind, device, memory)
-    return Way(loaded.identity, LocalWay(loaded.score, pairs, kind=kind, device=device, max_tokens=budget))
+        budget = ON_CPU if memory is None else measured_budget(score, pairs, kind, device, memory)
+    return LocalWay(score, pairs, kind=kind, device=device, max_tokens=budget)
+
+
+@contextmanager
+def served_ways(
+    config: TrainConfig, server: EndpointOptions, served: ServedOptions, ray: RayOptions, pairs: Sequence[Any],
+    texts: Sequence[Texts],
+) -> Iterator[Way]:  # fmt: skip
+    """With servers, asked by this process or by the workers of a cluster; this process compares the sample."""
+    way = served_by(config, server, served, pairs, texts)
+    if ray.engine == "local":
+        yield way
+        return
+    with ray_workers(ray, use_gpu=False, has_model=False) as workers:
+        yield replace(way, compute=RayWay(partial(served_by, config, server, served), pairs, way.identity, workers))
 
 
 def served_by(
-    server: EndpointOptions, served: ServedOptions, config: TrainConfig, data: TrainingData, pairs: Sequence[Any],
-    device: torch.device,
+    config: TrainConfig, server: EndpointOptions, served: ServedOptions, pairs: Sequence[Any],
+    texts: Sequence[Texts] = (),
 ) -> Way:  # fmt: skip
-    """With servers; this machine loads the model only to compare a sample."""
+    """With servers; this machine loads the model only to compare a sample. Without texts, none is asked for more than
+    token ids."""
 
     def recompute(places: Sequence[int]) -> list[Logps]:
+        device = choose_device(config.model.use_cpu)
         loaded = load_reference(config, pairs, device)
         return Recomputed(loaded.score, pairs, loaded.scorer, device)(places)
 
-    texts = [source.texts for source in data.sources if isinstance(source, PairDataset)]
     return served_way(server, served, pairs, texts, load_training_tokenizer(config), recompute, beta=config.loss.beta)
 
 

@@ -14,6 +14,7 @@ import torch
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.data.packing import Pair
 from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.models.loading import load_config
 from qlora_dpo.models.scoring import NOISE_MARGIN, TOLERANCE, Scorer
 from qlora_dpo.reference.drift import Drift, drift_between, refuse_drift
 from qlora_dpo.reference.identity import cache_folder, differences, local_identity
@@ -83,12 +84,30 @@ def identity_of_reference(options: ModelOptions, base: Any) -> ModelIdentity:
     is_adapter = options.reference_model not in (None, options.model_name_or_path)
     return local_identity(
         name,
-        commit=getattr(getattr(base, "config", base), "_commit_hash", None),
+        commit=getattr(getattr(base, "config", base), "_commit_hash", None) or options.model_revision,
         quantization=quantization_of(options),
         dtype="float32" if options.dtype == "float32" else "bfloat16",
         adapter=Path(str(options.reference_model)).expanduser() if is_adapter else None,
         code=options.model_revision if options.trust_remote_code else None,
     )
+
+
+def identity_by_files(options: ModelOptions) -> ModelIdentity:
+    """The identity of the reference without loading it; the weights of a Hub model are downloaded.
+
+    Raises:
+        StorageError, ModelError: its files cannot be had or read.
+    """
+    name = str(options.model_name_or_path)
+    config = load_config(name, options.model_revision, options.trust_remote_code)
+    if not Path(name).expanduser().is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot_download(name, revision=options.model_revision, allow_patterns="model*.safetensors*")
+        except (OSError, ValueError) as error:
+            raise StorageError(f"the weights of {name} cannot be downloaded: {error}") from error
+    return identity_of_reference(options, config)
 
 
 def default_store(identity: ModelIdentity) -> Path:

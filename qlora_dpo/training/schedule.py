@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from qlora_dpo.data.sampling import Sampler
+from qlora_dpo.data.mixtures.sampling import Sampler
 
 
 @dataclass(frozen=True)

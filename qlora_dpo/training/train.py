@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_dpo import __version__
-from qlora_dpo.config.training import TrainConfig, quantization_of
+from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.data.templates import apply_prompt_template
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.environment import describe
@@ -36,6 +36,7 @@ from qlora_dpo.training.checkpoints import disk_errors
 from qlora_dpo.training.content import content_of
 from qlora_dpo.training.curves import draw_curves
 from qlora_dpo.training.data import TrainingData, load_training_data
+from qlora_dpo.training.data_record import write_data_record
 from qlora_dpo.training.device_memory import device_memory
 from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS, Engine
 from qlora_dpo.training.levels import levels_of_run
@@ -91,10 +92,11 @@ def train_in(run: RunFolder, config: TrainConfig) -> Trained | None:
     tokenizer = load_training_tokenizer(config)
     data = load_training_data(config.data, tokenizer, config.training.seed)
     print("\n".join(data.summary()), file=sys.stderr)
-    lint_training_data(config.data, data, tokenizer)
+    lint = lint_training_data(config.data, data, tokenizer)
     refuse_row_sums(config, data)
     refuse_unusable_store(config.store.reference_store)
     run = run.with_content(content_of(config, data))
+    write_data_record(run.path, data, lint)
     try:
         model = load_policy(config, device)
         fuse_lora(model)
@@ -161,16 +163,8 @@ def load_training_tokenizer(config: TrainConfig) -> Any:
 
 def load_policy(config: TrainConfig, device: torch.device) -> Any:
     """The quantized base with the policy's adapter, and the reference's where that is an adapter too."""
-    name = config.model.model_name_or_path
-    assert name is not None
-    base = load_base(
-        name,
-        device=device,
-        revision=config.model.model_revision,
-        quantization=quantization_of(config.model),
-        dtype=torch.float32 if config.model.dtype == "float32" else torch.bfloat16,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    name = str(config.model.model_name_or_path)
+    base = load_base_of(config.model, device)
     if config.model.reference_model in (None, name):
         lora = config.lora
         model = add_adapter(
@@ -186,6 +180,18 @@ def load_policy(config: TrainConfig, device: torch.device) -> Any:
     model.peft_config[POLICY].base_model_name_or_path = str(Path(name).resolve()) if is_local else name
     model.peft_config[POLICY].revision = None if is_local else getattr(base.config, "_commit_hash", None)
     return model
+
+
+def load_base_of(model: ModelOptions, device: torch.device) -> Any:
+    """The base as these options quantize it."""
+    return load_base(
+        str(model.model_name_or_path),
+        device=device,
+        revision=model.model_revision,
+        quantization=quantization_of(model),
+        dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
 def prepare(

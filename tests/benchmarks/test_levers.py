@@ -13,6 +13,7 @@ from benchmarks import levers
 from benchmarks.programs import TINY_SHAPE
 
 
+@pytest.mark.slow
 def test_both_forms_of_a_lever_agree() -> None:
     for name, _, own, lean in levers.candidates(TINY_SHAPE, 16):
         for ours, theirs in zip(lean(), own(), strict=True):
@@ -25,6 +26,7 @@ def test_lean_forms_keep_no_more() -> None:
         assert levers.kept_bytes(lean) <= levers.kept_bytes(own), name
 
 
+@pytest.mark.slow
 def test_tiny_run_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["levers.py", "--tiny", "--output", str(tmp_path)])
     levers.main()

@@ -13,13 +13,13 @@ import pytest
 from qlora_dpo.cli import main
 from qlora_dpo.config.data import ConvertOptions
 from qlora_dpo.config.values import Names
-from qlora_dpo.data import writers
 from qlora_dpo.data.convert import DROPS, convert
+from qlora_dpo.data.files import writers
+from qlora_dpo.data.files.readers import Row
+from qlora_dpo.data.files.sources import open_source, read_rows
 from qlora_dpo.data.formats import FORMATS, ColumnNames, write_row
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
-from qlora_dpo.data.readers import Row
-from qlora_dpo.data.sources import open_source, read_rows
 from qlora_dpo.errors import DataError, UsageError
 
 SUFFIXES = [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"]

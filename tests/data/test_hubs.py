@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, rows_of
 
-from qlora_dpo.data.sources import open_source
+from qlora_dpo.data.files.sources import open_source
 from qlora_dpo.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ NEEDS_MODELSCOPE = pytest.mark.skipif(not HAS_MODELSCOPE, reason="the package mo
 # The endpoints are read on import, so all is asked for in a process of its own.
 ASK = """
 import json, sys, time
-from qlora_dpo.data.sources import read_rows
+from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.errors import QloraDpoError
 for source, revision in json.load(sys.stdin):
     started, rows, error = time.monotonic(), [], None

@@ -15,16 +15,16 @@ import pytest
 from qlora_dpo.cli import main
 from qlora_dpo.config.training import DataOptions
 from qlora_dpo.data.dataset import PairDataset, load_preference_dataset
-from qlora_dpo.data.duplicates import SIMILAR, TOKENS, Signer, earliest_similar
+from qlora_dpo.data.files.sources import open_source
 from qlora_dpo.data.formats import ColumnNames
-from qlora_dpo.data.lint import lint_pairs, text_source, tokenized_source
-from qlora_dpo.data.lint_report import RULES, LintReport
-from qlora_dpo.data.lint_sets import length_bias
-from qlora_dpo.data.lint_tokens import BATCH_RULES, SAMPLE_RULES, facts_of
+from qlora_dpo.data.linting.duplicates import SIMILAR, TOKENS, Signer, earliest_similar
+from qlora_dpo.data.linting.lint import lint_pairs, text_source, tokenized_source
+from qlora_dpo.data.linting.report import RULES, LintReport
+from qlora_dpo.data.linting.sets import length_bias
+from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES, facts_of
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.ragged import Ragged
-from qlora_dpo.data.sources import open_source
 from qlora_dpo.errors import DataError
 from qlora_dpo.training import linting
 from qlora_dpo.training.data import load_training_data

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from qlora_dpo.config.data import MixOptions
-from qlora_dpo.data.mix import mix
-from qlora_dpo.data.mixture import CategoryRate, is_mixture, read_mixture
+from qlora_dpo.data.mixtures.mix import mix
+from qlora_dpo.data.mixtures.mixture import CategoryRate, is_mixture, read_mixture
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 OPENDPO_RATIO = {
@@ -288,7 +288,7 @@ def test_what_cannot_work_is_refused(write: Write, tmp_path: Path) -> None:
 def test_output_is_whole_or_as_it_was(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("before")
-    monkeypatch.setattr("qlora_dpo.data.mix._row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("qlora_dpo.data.mixtures.mix._row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         mix(MixOptions(file=mixture, output=output))
     assert output.read_text() == "before"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_dpo.data.conversation_tokens import TokenizedConversation
+from qlora_dpo.data.linting.preview import preview, token_text, use_color, visible
 from qlora_dpo.data.preferences import PreferencePair
-from qlora_dpo.data.preview import preview, token_text, use_color, visible
 from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qlora_dpo.data.sampling import LEFT_OUT, Sampler
+from qlora_dpo.data.mixtures.sampling import LEFT_OUT, Sampler
 
 RATES = [1.5, 0.3, 1.0, 0.0, 2.25, 0.3]
 SIZES = [40, 33, 20, 5, 7, 1]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from qlora_dpo.data import readers
+from qlora_dpo.data.files import readers
+from qlora_dpo.data.files.readers import Row
+from qlora_dpo.data.files.sources import open_source, read_rows
 from qlora_dpo.data.preferences import RefusedRow
-from qlora_dpo.data.readers import Row
-from qlora_dpo.data.sources import open_source, read_rows
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 ROWS = [{"prompt": f"q{i} 你好\u2028", "chosen": "a", "rejected": 'b "quoted",\nwith a line'} for i in range(3)]

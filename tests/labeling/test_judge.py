@@ -28,7 +28,7 @@ from judges import (
 from openai_server import Answer, OpenAIServer
 
 from qlora_dpo.cli import main
-from qlora_dpo.data.sources import read_rows
+from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.labeling.call_cache import CallCache, calls_path
 from qlora_dpo.labeling.canaries import CANARIES, CLEAN
 from qlora_dpo.labeling.judge_prompts import gsb_messages, read_score, read_verdict, rubric_of, score_messages

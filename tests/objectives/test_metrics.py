@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from trl_values import trl_loss
 
-from qlora_dpo.objectives.metrics import CHOSEN_SHIFT, MetricSums, preference_metrics
+from qlora_dpo.objectives.metrics import CHOSEN_SHIFT, REJECTED_SHIFT, MetricSums, preference_metrics
 from qlora_dpo.objectives.objective import make_objective
 
 LENGTHS = [5, 3, 2, 6, 4, 4]
@@ -27,19 +27,20 @@ def metrics_of(policy: Tensor, reference: Tensor, lengths: list[int]) -> dict[st
     return preference_metrics(objective(pairs), pairs, objective.beta)
 
 
-def shift_by_hand(policy: Tensor, reference: Tensor) -> float:
-    """Mean over the pairs of the mean over their chosen tokens; TRL logs only sums over tokens."""
-    shifts = torch.split((policy - reference).detach(), LENGTHS)[0::2]
+def shift_by_hand(policy: Tensor, reference: Tensor, side: int) -> float:
+    """Mean over the pairs of the mean over their chosen (0) or rejected (1) tokens; TRL logs only sums over tokens."""
+    shifts = torch.split((policy - reference).detach(), LENGTHS)[side::2]
     return sum(float(shift.mean()) for shift in shifts) / len(shifts)
 
 
 @pytest.mark.parametrize("options", [{"ld_alpha": 0.3}, {"loss_type": "sigmoid_norm"}], ids=str)
-def test_shift_of_the_chosen_answers_counts_every_token_once_whatever_the_loss(options: dict[str, Any]) -> None:
+def test_shift_of_the_answers_counts_every_token_once_whatever_the_loss(options: dict[str, Any]) -> None:
     policy, reference = rows()
     objective = make_objective(**options)
     pairs = objective.statistics(policy, reference, LENGTHS)
-    shifts = preference_metrics(objective(pairs), pairs, objective.beta)[CHOSEN_SHIFT]
-    assert shifts.mean().item() == pytest.approx(shift_by_hand(policy, reference))
+    values = preference_metrics(objective(pairs), pairs, objective.beta)
+    for side, name in enumerate((CHOSEN_SHIFT, REJECTED_SHIFT)):
+        assert values[name].mean().item() == pytest.approx(shift_by_hand(policy, reference, side))
 
 
 def test_metrics_equal_trls() -> None:
@@ -49,7 +50,9 @@ def test_metrics_equal_trls() -> None:
     loss, expected = trl_loss(policy, reference, LENGTHS, loss_type=["sigmoid"], beta=0.4)
     means = sums.mean()
     assert means.pop("loss") == pytest.approx(loss.item())
-    assert means.pop(CHOSEN_SHIFT) == pytest.approx(shift_by_hand(policy, reference))
+    for side, name in enumerate((CHOSEN_SHIFT, REJECTED_SHIFT)):
+        assert means.pop(name) == pytest.approx(shift_by_hand(policy, reference, side))
+    assert (means.pop("lengths/chosen"), means.pop("lengths/rejected")) == (11 / 3, 13 / 3)
     assert means == {name: pytest.approx(expected[name]) for name in means}
     assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"} < set(means)
     assert {"logps/chosen", "logps/rejected"} < set(means)

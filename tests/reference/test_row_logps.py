@@ -189,6 +189,7 @@ def test_exchanged_answers_are_recognized() -> None:
         check_row_sums(swapped, ours, beta=0.1, max_drift=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_on_rows_with_its_own_log_probs_is_the_run_that_computes_them(
     model_folder: Path, pairs_file: Path, sums: list[list[float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

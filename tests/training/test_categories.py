@@ -130,7 +130,8 @@ def test_run_without_categories_logs_what_it_always_did(tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain", None)
     measured = [
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-        "logps/rejected", "displacement/chosen_per_token",
+        "logps/rejected", "displacement/chosen_per_token", "displacement/rejected_per_token", "lengths/chosen",
+        "lengths/rejected",
     ]  # fmt: skip
     of_step = [
         "grad_norm", "learning_rate", "displacement/smoothed", "step_seconds", "pairs_per_second", "tokens_per_second",

@@ -20,8 +20,8 @@ from training.runs import adapter_weights, make_training
 from qlora_dpo.cli import main
 from qlora_dpo.config.data import MixOptions
 from qlora_dpo.config.training import DataOptions
-from qlora_dpo.data.mix import mix
-from qlora_dpo.data.sampling import Sampler
+from qlora_dpo.data.mixtures.mix import mix
+from qlora_dpo.data.mixtures.sampling import Sampler
 from qlora_dpo.errors import DataError, Interrupted, UsageError
 from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.loop import Training, fit

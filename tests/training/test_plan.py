@@ -76,6 +76,7 @@ def test_rows_add_up_and_fit(folder_33b: Path, capsys: pytest.CaptureFixture[str
     assert "offload on" in text and "CPU memory hold what is offloaded" in text
 
 
+@pytest.mark.slow
 def test_budget_is_halved_until_it_fits(folder_33b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = ["--model_name_or_path", str(folder_33b), "--max_tokens_per_microbatch", "32768"]
     assert plan(*wide, "--gpu_memory", "24") == 0
@@ -84,6 +85,7 @@ def test_budget_is_halved_until_it_fits(folder_33b: Path, capsys: pytest.Capture
     assert found and int(found[1]) in (4096, 8192, 16384)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_helps(folder_33b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model_name_or_path", str(folder_33b), "--gpu_memory", "16", "--optim", "adamw_torch"]
     assert plan(*small) == 71

@@ -158,6 +158,7 @@ def test_a_server_that_dies_loses_nothing(
     assert rows_in(store) == completions_of(pairs_file)
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing_that_was_answered(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     store = tmp_path / "store.sqlite"
     with OpenAIServer(logps=made_up, delay=0.15) as server:

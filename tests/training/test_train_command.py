@@ -104,6 +104,7 @@ def test_mirrors_and_samples(
     assert {"loss", "rewards/accuracies", "rewards/margins", "grad_norm", "pairs_per_second"} <= metrics[0].keys()
 
 
+@pytest.mark.slow
 def test_held_out_pairs_come_from_a_file_or_a_split(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -10,8 +10,8 @@ from unicodedata import east_asian_width
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dpo.data.mixture import Mixture
-from qlora_dpo.data.sampling import LEFT_OUT, Sampler
+from qlora_dpo.data.mixtures.mixture import Mixture
+from qlora_dpo.data.mixtures.sampling import LEFT_OUT, Sampler
 from qlora_dpo.errors import DataError
 
 _LONGEST = 32  # characters of a name in the table

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qlora_dpo.data.chat import Chat
 from qlora_dpo.data.control_tokens import control_tokens, uses_bos
-from qlora_dpo.data.findings import Rule
+from qlora_dpo.data.linting.findings import Rule
 from qlora_dpo.data.preferences import PreferencePair
 from qlora_dpo.data.ragged import Ragged
 from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair

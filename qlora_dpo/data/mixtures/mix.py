@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_dpo.config.data import MixOptions
+from qlora_dpo.data.files.readers import file_kind
+from qlora_dpo.data.files.sources import open_source
+from qlora_dpo.data.files.writers import WRITERS, is_flat, row_writer
 from qlora_dpo.data.formats import all_columns, write_row
-from qlora_dpo.data.mixture import Mixture, MixtureSource, read_mixture
+from qlora_dpo.data.mixtures.mixture import Mixture, MixtureSource, read_mixture
+from qlora_dpo.data.mixtures.strata import Strata, table_of
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import ColumnNames, PreferencePair, RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
-from qlora_dpo.data.readers import file_kind
 from qlora_dpo.data.report import DataReport
-from qlora_dpo.data.sources import open_source
-from qlora_dpo.data.strata import Strata, table_of
-from qlora_dpo.data.writers import WRITERS, is_flat, row_writer
 from qlora_dpo.errors import DataError, UsageError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dpo.data.duplicates import Signatures, Signer, earliest_similar
-from qlora_dpo.data.findings import Rule
-from qlora_dpo.data.lint_tokens import IdBatch
+from qlora_dpo.data.linting.duplicates import Signatures, Signer, earliest_similar
+from qlora_dpo.data.linting.findings import Rule
+from qlora_dpo.data.linting.tokens import IdBatch
 from qlora_dpo.data.ragged import Ragged
 
 # Where an answer's length says so much about its label that the model may learn length instead of the preference.

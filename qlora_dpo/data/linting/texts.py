@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from qlora_dpo.data.findings import Rule
+from qlora_dpo.data.linting.findings import Rule
 from qlora_dpo.data.preferences import PreferencePair
 
 # Where a turn begins in well-known templates. Models that were trained on runs of these write the user's turn too.

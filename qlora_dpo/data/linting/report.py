@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from qlora_dpo.data.findings import Finding, Rule
-from qlora_dpo.data.lint_rows import REFUSED_RULES
-from qlora_dpo.data.lint_sets import SET_RULES
-from qlora_dpo.data.lint_texts import TEXT_RULES
-from qlora_dpo.data.lint_tokens import BATCH_RULES, SAMPLE_RULES
+from qlora_dpo.data.linting.findings import Finding, Rule
+from qlora_dpo.data.linting.rows import REFUSED_RULES
+from qlora_dpo.data.linting.sets import SET_RULES
+from qlora_dpo.data.linting.texts import TEXT_RULES
+from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES
 
 NO_TOKENIZER = "no tokenizer was named, so the rules about tokens were left out: {rules}"
 

@@ -16,9 +16,9 @@ from typing import IO, Any, cast
 
 import orjson
 
+from qlora_dpo.data.files.readers import file_kind
+from qlora_dpo.data.files.row_file import new_row_file
 from qlora_dpo.data.preferences import NoPlaceError
-from qlora_dpo.data.readers import file_kind
-from qlora_dpo.data.row_file import new_row_file
 
 _PARQUET_ROWS = 1000
 

@@ -178,7 +178,7 @@ def modelscope_folder(source: str, revision: str | None) -> Path:
         StorageError: when ModelScope or the data set cannot be had.
         UsageError: when the package is missing, or the revision is named twice.
     """
-    from qlora_dpo.data.readers import READERS
+    from qlora_dpo.data.files.readers import READERS
 
     name, _, named = source.removeprefix(MODELSCOPE).partition("@")
     if named and revision:

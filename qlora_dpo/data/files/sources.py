@@ -16,8 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.hubs import MODELSCOPE, first_line, load_from_hub, modelscope_folder
-from qlora_dpo.data.readers import READERS, Row, Rows, file_kind, read_file, unreadable
+from qlora_dpo.data.files.hubs import MODELSCOPE, first_line, load_from_hub, modelscope_folder
+from qlora_dpo.data.files.readers import READERS, Row, Rows, file_kind, read_file, unreadable
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 # Files that describe a data set and hold no rows of it.

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_dpo.data.dataset import PairDataset
-from qlora_dpo.data.duplicates import BYTES, TOKENS, Signer
-from qlora_dpo.data.findings import Finding, Rule
-from qlora_dpo.data.lint_report import LintReport
-from qlora_dpo.data.lint_rows import BadRows, refused_rows
-from qlora_dpo.data.lint_sets import SET_RULES, PairSketch, Sketcher, both_answers
-from qlora_dpo.data.lint_texts import TEXT_RULES, Marks, find_marks
-from qlora_dpo.data.lint_tokens import BATCH_RULES, SAMPLE_RULES, SAMPLED, IdBatch, TokenFacts
+from qlora_dpo.data.linting.duplicates import BYTES, TOKENS, Signer
+from qlora_dpo.data.linting.findings import Finding, Rule
+from qlora_dpo.data.linting.report import LintReport
+from qlora_dpo.data.linting.rows import BadRows, refused_rows
+from qlora_dpo.data.linting.sets import SET_RULES, PairSketch, Sketcher, both_answers
+from qlora_dpo.data.linting.texts import TEXT_RULES, Marks, find_marks
+from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES, SAMPLED, IdBatch, TokenFacts
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.progress import with_progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from qlora_dpo.data.findings import Finding, Rule
+from qlora_dpo.data.linting.findings import Finding, Rule
 from qlora_dpo.data.preferences import RefusedRow
 from qlora_dpo.data.tokenization import EQUAL_AFTER_TRUNCATION
 
