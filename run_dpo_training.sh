@@ -6,4 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$("$root/scripts/ensure_venv.sh" requirements.txt)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+if [ $# -eq 0 ]; then
+  exec "$python" -m eval demo
+fi
 exec "$python" -m qlora_dpo train "$@"
