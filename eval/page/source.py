@@ -38,10 +38,12 @@ class Source:
         return "" if path is None else path.resolve().name
 
     @property
-    def votes_folder(self) -> Path | None:
+    def votes_folder(self) -> Path:
         """Where votes are kept."""
         has_answers = self.comparison is not None and (self.comparison / ANSWERS).is_file()
-        return self.comparison if has_answers else self.run or self.adapter
+        folder = self.comparison if has_answers else self.run or self.adapter or self.comparison
+        assert folder is not None
+        return folder
 
     def recorded(self) -> Recorded:
         """The comparison as it is now; empty where there is none.

@@ -88,8 +88,8 @@ class Tally:
 class Ballots:
     """The rounds that are open, and the votes that were given."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, comparison: Path | None) -> None:
+        self.folder, self._comparison = folder, comparison
         self._lock = threading.Lock()
         self._open: OrderedDict[str, Ballot] = OrderedDict()
         self._record = Record(record_path(folder / PAIRS)) if record_path(folder / PAIRS).is_file() else None
@@ -161,9 +161,9 @@ class Ballots:
         self._record.add(Verdict(item.key, chosen, rejected, (), 1.0, "human", PAGE_VERSION, now(), voter, detail))
         if chosen is not None:
             RecordFile(self.pairs).append(_pair_line(ballot, winner, item.key, voter))
-        if ballot.row is not None:
+        if ballot.row is not None and self._comparison is not None:
             verdict = ComparisonVerdict(ballot.row.id, "human", winner, None, detail, PAGE_VERSION, now(), voter)
-            VerdictFile(self.folder).add(verdict)
+            VerdictFile(self._comparison).add(verdict)
 
 
 def _candidates(prompt: str | tuple[Message, ...], before: str, after: str) -> Candidates:

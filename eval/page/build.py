@@ -1,0 +1,100 @@
+"""Puts the tabs into one page, and says how it is served: on this machine, without files, one answer at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from eval.page.blind import blind_tab
+from eval.page.compare import compare_tab
+from eval.page.limits import MAX_WAITING
+from eval.page.parts import Page
+from eval.page.run import Sections, data_tab, release_tab, training_tab
+from eval.page.samples import samples_tab
+from eval.page.text import showable
+from eval.report_page import TEMPLATES
+from qlora_dpo.errors import UsageError
+
+STYLE = Path(__file__).with_name("page.css")
+AUTH = "QLORA_DPO_APP_AUTH"
+SHORTEST_PASSWORD = 8
+LOCAL = {"127.0.0.1", "::1", "localhost"}
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+
+
+def build_page(page: Page) -> gr.Blocks:
+    """The Gradio page. Texts of models, data and visitors are shown as text, never as HTML."""
+    words = page.words
+    with gr.Blocks(title=f"{words('title')}: {showable(page.source.name)}", analytics_enabled=False) as blocks:
+        gr.HTML(_head(page), apply_default_css=False, elem_id="head")
+        sections = Sections(page.source, page)
+        with gr.Tabs():
+            with gr.Tab(words("tab_compare"), id="compare"):
+                compare_tab(page, blocks)
+            with gr.Tab(words("tab_blind"), id="blind"):
+                blind_tab(page, blocks)
+            with gr.Tab(words("tab_samples"), id="samples"):
+                samples_tab(page, blocks)
+            with gr.Tab(words("tab_training"), id="training"):
+                training_tab(page, sections, blocks)
+            with gr.Tab(words("tab_data"), id="data"):
+                data_tab(page, sections, blocks)
+            with gr.Tab(words("tab_release"), id="release"):
+                release_tab(page, sections, blocks)
+    blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    return blocks
+
+
+def credentials(host: str, auth: bool) -> tuple[str, str] | None:
+    """User and password, where they are asked for.
+
+    Raises:
+        UsageError: others could reach the page without them, or they are not set.
+    """
+    if not auth:
+        if host not in LOCAL:
+            raise UsageError(
+                f"--host {host}: others can reach that address, so it needs --auth, with user:password in the "
+                f"environment variable {AUTH}. Or keep 127.0.0.1 and come by `ssh -L 7860:127.0.0.1:7860 THIS_MACHINE`."
+            )
+        return None
+    user, _, password = os.environ.get(AUTH, "").partition(":")
+    if not user or len(password) < SHORTEST_PASSWORD:
+        raise UsageError(
+            f"--auth: set the environment variable {AUTH} to user:password, with a password of at least "
+            f"{SHORTEST_PASSWORD} characters."
+        )
+    return user, password
+
+
+def look() -> dict[str, Any]:
+    """Theme and style, as `launch` takes them; fonts are those of the reader's machine."""
+    theme = gr.themes.Base(
+        primary_hue="blue", neutral_hue="gray", font=FONTS, font_mono=MONO, radius_size="lg", text_size="md"
+    )
+    return {"theme": theme, "head": f"<style>{style()}</style>"}
+
+
+def style() -> str:
+    """The report's style within the parts that are made like it, and the page's own."""
+    report = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    light, dark = (found[1].replace("color-scheme: light dark;", "") for found in re.finditer(r":root \{(.*?)\}", report, re.DOTALL))
+    rest = report.partition("* { box-sizing")[2]
+    scoped = f".report {{ * {{ box-sizing{rest} }}"
+    return f"body {{{light}}}\nbody.dark {{{dark}}}\n{scoped}\n{STYLE.read_text(encoding='utf-8')}"
+
+
+def _head(page: Page) -> Markup:
+    words = page.words
+    lead = words("lead_model")
+    if page.model is None:
+        lead = words("lead_recorded", count=f"{len(page.source.recorded().rows):,}")
+    return Markup('<header class="top"><h1>{} <span>{}</span></h1><p>{}</p></header>').format(
+        words("title"), showable(page.source.name), lead
+    )
