@@ -84,8 +84,8 @@ def predict(task: Task, level: str, lengths: tuple[int, int, int]) -> float:
 
     from qlora_dpo.config.checks import train_config
     from qlora_dpo.config.training import PlanOptions
-    from qlora_dpo.training.levels import PairLengths
-    from qlora_dpo.training.memory_plan import GIB, machine_of, plan_memory, skeleton_of
+    from qlora_dpo.training.memory.levels import PairLengths
+    from qlora_dpo.training.memory.prediction import GIB, machine_of, plan_memory, skeleton_of
 
     config = train_config(
         {

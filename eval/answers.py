@@ -15,7 +15,7 @@ from typing import Any, Literal
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import DataError, StorageError, UsageError
 from qlora_dpo.labeling.record_file import RecordFile, read_lines
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "summary.json"
 FOLDER = "compare"  # of a run

@@ -1,89 +1,121 @@
-"""The page: a prompt, the answers without and with the adapter, one model in memory."""
+"""`app`: a page to compare, vote and read a run; with one model in memory, or from recorded answers without any."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from eval.options import AppOptions
-from qlora_dpo.data.tokenization import PairTokenizer
-from qlora_dpo.errors import QloraDpoError, StorageError
-from qlora_dpo.models.generation import generate
-from qlora_dpo.training.trained_on import load_trained
-
-MAX_PROMPT_CHARACTERS = 8000
-LONGEST_PROMPT = 2048  # tokens
+from eval import prompts as prompt_sources
+from eval.compare import config_of, default_folder, load_both
+from eval.options import AppOptions, CompareOptions
+from eval.page.answers import Comparison
+from eval.page.build import build_page, credentials, look
+from eval.page.guard import Guard
+from eval.page.parts import Page
+from eval.page.prompts import Origin, Pick, PromptList
+from eval.page.source import Source, recorded_source
+from eval.page.votes import Ballots
+from eval.page.words import language_of, words_in
+from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.models.loading import choose_device
+from qlora_dpo.scoring.adapter import ScoredAdapter, check_fit, open_adapter, tokenizer_of
 
 
 def serve(options: AppOptions) -> None:
-    """Load the model once and serve the page on 127.0.0.1 until Ctrl-C."""
-    model, tokenizer = load_trained(options.adapter, base_model=options.base_model, use_cpu=options.use_cpu)
-    page = build_page(Comparison(model, tokenizer, options.max_new_tokens), title=options.adapter.name)
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        QloraDpoError: the adapter, the recorded answers, the address or the password cannot be used.
+    """
+    _check(options)
+    auth = credentials(options.host, options.auth)
+    page = _page_of_adapter(options) if options.adapter else _page_of_recorded(options)
+    blocks = build_page(page)
+    print(f"{page.source.name}: {launch(blocks, host=options.host, port=options.port, auth=auth)} (Ctrl-C ends it)")
+    blocks.block_thread()
+
+
+def launch(blocks: Any, *, host: str, port: int, auth: tuple[str, str] | None) -> str:
+    """Serve a page, until it is closed; returns its address.
+
+    Whatever environment variables say, it is not shared, serves no files and has no open interface.
+
+    Raises:
+        StorageError: the address or the port cannot be opened.
+    """
+    from starlette.middleware import Middleware
+
     try:
-        page.queue(max_size=16, default_concurrency_limit=1, api_open=False).launch(
-            server_name="127.0.0.1",
-            server_port=options.port or None,
+        _, address, _ = blocks.launch(
+            prevent_thread_lock=True,
+            quiet=True,
+            server_name=host,
+            server_port=port or None,
+            auth=auth,
             share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            pwa=False,
             allowed_paths=[],
             max_file_size="1mb",
             show_error=False,
             footer_links=[],
+            app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+            **look(),
         )
+        return str(address)
     except OSError as error:
-        raise StorageError(f"port {options.port} cannot be opened: {error}. Name another with --port.") from error
+        raise StorageError(f"{host}, port {port} cannot be opened: {error}. Name another with --port.") from error
 
 
-class Comparison:
-    """Answers one prompt twice: adapter off, adapter on, same seed."""
-
-    def __init__(self, model: Any, tokenizer: Any, longest_answer: int) -> None:
-        self._model, self._tokenizer, self.longest_answer = model, tokenizer, longest_answer
-        self._prompts = PairTokenizer(tokenizer, max_length=2 * LONGEST_PROMPT, max_prompt_length=LONGEST_PROMPT)
-
-    def __call__(self, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, str]:
-        """The base's answer and the aligned one; limits are checked here, whatever the page sent."""
-        text = prompt.strip()
-        if not text:
-            raise ValueError("Write a question first.")
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise ValueError(f"The question has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken.")
-        ids = self._prompts.render_prompt_ids(text)
-        before, after = (
-            generate(
-                self._model, self._tokenizer, [ids], end_token_ids=[self._prompts.end_id],
-                max_new_tokens=max(1, min(int(max_new_tokens), self.longest_answer)),
-                temperature=max(0.0, min(float(temperature), 2.0)), seed=int(seed), use_reference=off,
-            )[0]
-            for off in (True, False)
-        )  # fmt: skip
-        return before, after
+def _check(options: AppOptions) -> None:
+    if (options.adapter is None) == (options.recorded is None):
+        raise UsageError("name either --adapter (a run, with its model) or --recorded (a comparison, without a model).")
+    if not 0 <= options.port < 65536:
+        raise UsageError(f"--port {options.port}: must be between 0 and 65535.")
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {options.max_new_tokens}: must be above 0.")
+    if options.recorded is not None and (options.base_model or options.use_cpu):
+        raise UsageError("--base_model and --use_cpu are of no use with --recorded, which loads no model.")
 
 
-def build_page(compare: Comparison, title: str) -> Any:
-    """The Gradio page around a comparison. Answers are shown as text, never as HTML."""
-    import gradio as gr
+def _page_of_recorded(options: AppOptions) -> Page:
+    assert options.recorded is not None
+    source = recorded_source(options.recorded)
+    return page_of(source, options, None, PromptList(source))
 
-    def answer(prompt: str, max_new_tokens: float, temperature: float, seed: float) -> tuple[str, str]:
-        try:
-            return compare(prompt, int(max_new_tokens), temperature, int(seed))
-        except (ValueError, QloraDpoError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except torch.OutOfMemoryError as error:
-            raise gr.Error("The device ran out of memory: ask for a shorter answer.", print_exception=False) from error
 
-    with gr.Blocks(title=f"Before and after: {title}", analytics_enabled=False) as page:
-        gr.Markdown(f"## Before and after\nThe same model, the same prompt, the same seed: without and with `{title}`.")
-        prompt = gr.Textbox(label="Prompt", lines=3, max_length=MAX_PROMPT_CHARACTERS, autofocus=True)
-        with gr.Accordion("Parameters", open=False), gr.Row():
-            longest = compare.longest_answer
-            max_new_tokens = gr.Slider(1, longest, value=min(128, longest), step=1, label="Longest answer (tokens)")
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)")
-            seed = gr.Number(0, precision=0, label="Seed")
-        ask = gr.Button("Compare", variant="primary")
-        with gr.Row():
-            before = gr.Textbox(label="Before (adapter off)", lines=10, interactive=False)
-            after = gr.Textbox(label="After (adapter on)", lines=10, interactive=False)
-        inputs, outputs = [prompt, max_new_tokens, temperature, seed], [before, after]
-        gr.on([ask.click, prompt.submit], answer, inputs, outputs, api_name="compare")
-    return page
+def _page_of_adapter(options: AppOptions) -> Page:
+    comparing = CompareOptions(
+        adapter=str(options.adapter), base_model=options.base_model, use_cpu=options.use_cpu,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
+    adapter = open_adapter(comparing.adapter)
+    config = config_of(adapter, comparing)
+    check_fit(adapter, config)
+    tokenizer = tokenizer_of(adapter, config)
+    model = load_both(adapter, config, choose_device(options.use_cpu))
+    run = None if adapter.run is None else adapter.run.path
+    source = Source(run=run, comparison=default_folder(adapter), adapter=adapter.folder)
+
+    def read() -> tuple[Origin, Sequence[Pick]]:
+        return prompts_of(adapter, comparing, tokenizer)
+
+    comparison = Comparison(model, tokenizer, longest_answer=options.max_new_tokens, beta=config.loss.beta)
+    return page_of(source, options, comparison, PromptList(source, read))
+
+
+def page_of(source: Source, options: AppOptions, model: Comparison | None, prompts: PromptList) -> Page:
+    """What the tabs are made of."""
+    language = language_of(options.language)
+    ballots = Ballots(source.votes_folder, source.comparison)
+    return Page(source, words_in(language), language, model, prompts, ballots)
+
+
+def prompts_of(adapter: ScoredAdapter, options: CompareOptions, tokenizer: Any) -> tuple[Origin, Sequence[Pick]]:
+    """The prompts that `compare` would ask."""
+    found = prompt_sources.load(options, adapter.settings, tokenizer)
+    origin: Origin = "pick" if found.source == prompt_sources.HELD_OUT else "pick_built_in"
+    return origin, [Pick(row.prompt, row.category, row.reference_answer) for row in found.rows]

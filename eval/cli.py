@@ -38,7 +38,9 @@ COMMANDS = {
         positional=("run",),
     ),
     "app": Command(
-        "A page on 127.0.0.1: one prompt, the answers without and with the adapter.", (AppOptions,), "eval.app:serve"
+        "A page on 127.0.0.1: compare answers before and after, vote blindly, read the run.",
+        (AppOptions,),
+        "eval.app:serve",
     ),
 }
 

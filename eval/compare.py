@@ -15,10 +15,10 @@ import torch
 
 from eval import prompts as prompt_sources
 from eval.answering import Asked, Both, Way, answer_all
-from eval.answers import DISPLAYED, FOLDER, AnswerFile, VerdictFile, write_summary
+from eval.answers import DISPLAYED, FOLDER, SUMMARY, AnswerFile, VerdictFile, read_summary, write_summary
 from eval.options import CompareOptions, VerdictOptions
 from eval.summary import summarize, table
-from eval.verdicts import check_verdicts, give_verdicts
+from eval.verdicts import JUDGE, REWARD_MODEL, check_verdicts, give_verdicts
 from qlora_dpo.config.labeling import EndpointOptions
 from qlora_dpo.config.training import DataOptions, LossOptions, ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.environment import versions
@@ -29,8 +29,8 @@ from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
 from qlora_dpo.models.loading import choose_device
 from qlora_dpo.models.lora import add_frozen_reference, load_adapter
-from qlora_dpo.training.content import base_fingerprint, weights_fingerprint
-from qlora_dpo.training.scored_adapter import ScoredAdapter, check_fit, open_adapter, tokenizer_of
+from qlora_dpo.scoring.adapter import ScoredAdapter, check_fit, open_adapter, tokenizer_of
+from qlora_dpo.training.folder.content import base_fingerprint, weights_fingerprint
 from qlora_dpo.training.train import load_base_of
 
 LONGEST_PROMPT = 1024  # tokens, for an adapter of no run
@@ -65,8 +65,8 @@ def compare(options: CompareOptions, verdicts: VerdictOptions, server: EndpointO
         print(f"All {len(asked.prompts):,} prompts are answered in {file.path}.")
     rows = file.finish([one.id for one in asked.prompts])
     record = VerdictFile(folder)
-    judged = give_verdicts(rows, record, verdicts, server, folder, use_cpu=options.use_cpu)
-    summary = summarize(file.began_with, rows, record.verdicts(), adapter.folder) | judged
+    noted = _noted(folder) | give_verdicts(rows, record, verdicts, server, folder, use_cpu=options.use_cpu)
+    summary = summarize(file.began_with, rows, record.verdicts(), adapter.folder) | noted
     write_summary(folder, summary)
     print("\n".join(table(summary)))
     print(f"\nAll of it is in {folder}. Whether it is good enough: python -m eval gate {folder}")
@@ -202,6 +202,13 @@ def _id_of(asked: Asked, settings: dict[str, Any]) -> str:
     content = [prompt, row.category, row.reference_answer, asked.fact, asked.seed, asked.sample_seed]
     compared = {name: value for name, value in settings.items() if name not in DISPLAYED}
     return hashlib.sha256(json.dumps([content, compared], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What an earlier summary says about those who gave verdicts then."""
+    if not (folder / SUMMARY).is_file():
+        return {}
+    return {name: value for name, value in read_summary(folder).items() if name in (REWARD_MODEL, JUDGE)}
 
 
 def _refuse_others(file: AnswerFile, asked: Questions) -> None:

@@ -9,18 +9,26 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class AppOptions:
-    """Page: one prompt, two answers."""
+    """Page: of which adapter or which recorded answers, and who can reach it."""
 
-    adapter: Path
-    """A run or any PEFT LoRA folder."""
+    adapter: Path | None = None
+    """A finished run, a checkpoint folder, or any PEFT LoRA folder: its model is loaded and answers."""
+    recorded: Path | None = None
+    """Instead of an adapter: the folder of a comparison, its answers.jsonl, or a run. No model is loaded."""
     base_model: str | None = None
     """Where the base is now, when it is not where adapter_config.json says."""
     use_cpu: bool = False
     """Run on the CPU although there is a GPU."""
+    host: str = "127.0.0.1"
+    """Address to serve on. Any that others can reach needs --auth."""
     port: int = 7860
-    """Port on 127.0.0.1; 0 takes a free one."""
+    """Port; 0 takes a free one."""
+    auth: bool = False
+    """Ask visitors for user and password, which the environment variable QLORA_DPO_APP_AUTH holds as user:password."""
     max_new_tokens: int = 256
     """Longest answer that a visitor can ask for."""
+    language: Literal["en", "zh", "auto"] = "auto"
+    """Of the page: English, Chinese, or that of the terminal."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,8 @@ class ReportOptions:
     output: Path | None = None
     """File to write. Default: report.html in the folder of the run."""
     comparison: Path | None = None
-    """Folder of a comparison whose answers and verdicts are shown. Default: compare, in the folder of the run, where there
-    is one."""
+    """Folder of a comparison whose answers and verdicts are shown. Default: compare, in the folder of the run, where
+    there is one."""
     png: Path | None = None
     """Folder for the curves as PNG files besides."""
     gpu_price_per_hour: float | None = None

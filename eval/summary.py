@@ -12,8 +12,8 @@ from typing import Any
 from eval.answers import Row, Verdict, Winner
 from eval.rates import facts, rates
 from eval.statistics import bootstrap_mean, length_controlled, mean, wilson
-from qlora_dpo.training.run_folder import CONFIG, METRICS
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.folder.run_folder import CONFIG, METRICS
+from qlora_dpo.training.records.tracking import read_metrics
 
 _POINTS: dict[Winner, float] = {"after": 1.0, "tie": 0.5, "before": 0.0}
 DEFAULT = "rule:chrf"

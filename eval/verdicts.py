@@ -148,37 +148,47 @@ def by_judge(
     same = [row for row, item in judgeable if item.answers[0] == item.answers[1]]
     if same:
         record.add(*(_verdict(row, JUDGE, judge.version, None, {"same_text": True}) for row in same))
-    if left:
-        calls = len(left) * MODES[options.judge].calls(2)
-        print(f"{len(left):,} prompts with their answers go to {' and '.join(server.endpoint)}, in {calls:,} calls.")
+    refused: list[RefusedRow] = []
+    try:
+        if options.canaries:
+            noted["canaries"] = judge.try_to_steer()
+            print(noted["canaries"])
+        if left:
+            calls = len(left) * MODES[options.judge].calls(2)
+            print(
+                f"{len(left):,} prompts with their answers go to {' and '.join(server.endpoint)}, in {calls:,} calls."
+            )
+            refused = _asked(judge, endpoint, left, record)
+    finally:
+        chat.cache.close()
+        print(chat.summary())
+    if refused:
+        print(f"{len(refused):,} rows have no verdict of the judge:\n{listed(refused)}")
+    return noted | {"without_verdict": len(refused) + len(missing) - len(judgeable)}
+
+
+def _asked(
+    judge: Judge, endpoint: Endpoint, left: Sequence[tuple[Row, Candidates]], record: VerdictFile
+) -> list[RefusedRow]:
+    """Keep the judge's verdicts as they come; returns the rows that the server does not take."""
 
     async def opinion(number: int) -> Opinion | RefusedRow:
         return await judge(left[number][1])
 
     given: list[Opinion] = []
     refused: list[RefusedRow] = []
-    try:
-        if options.canaries:
-            noted["canaries"] = judge.try_to_steer()
-            print(noted["canaries"])
-        results = endpoint.results(range(len(left)), opinion)
-        for number, found in tqdm(results, desc="judging", total=len(left), delay=1, leave=False):
-            if isinstance(found, RefusedRow):
-                refused.append(found)
-                continue
-            given.append(found)
-            detail = found.detail | {"confidence": found.confidence}
-            scores = (found.scores[0], found.scores[1]) if len(found.scores) == 2 else None
-            winner: Winner = "tie" if found.is_tie else "after" if found.chosen == 1 else "before"
-            record.add(Verdict(left[number][0].id, JUDGE, winner, scores, detail, judge.version, now()))
-    finally:
-        chat.cache.close()
-        print(chat.summary())
-    if given:
-        print(judge.account(given))
-    if refused:
-        print(f"{len(refused):,} rows have no verdict of the judge:\n{listed(refused)}")
-    return noted | {"without_verdict": len(refused) + len(missing) - len(judgeable)}
+    results = endpoint.results(range(len(left)), opinion)
+    for number, found in tqdm(results, desc="judging", total=len(left), delay=1, leave=False):
+        if isinstance(found, RefusedRow):
+            refused.append(found)
+            continue
+        given.append(found)
+        detail = found.detail | {"confidence": found.confidence}
+        scores = (found.scores[0], found.scores[1]) if len(found.scores) == 2 else None
+        winner: Winner = "tie" if found.is_tie else "after" if found.chosen == 1 else "before"
+        record.add(Verdict(left[number][0].id, JUDGE, winner, scores, detail, judge.version, now()))
+    print(judge.account(given))
+    return refused
 
 
 def _pending(rows: Iterable[Row], record: VerdictFile, method: str, version: str) -> list[Row]:

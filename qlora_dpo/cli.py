@@ -52,13 +52,13 @@ COMMANDS = {
     "plan": Command(
         "Say where each GB goes, how long it takes and what it costs, before anything is loaded.",
         (*TRAIN_GROUPS.values(), PlanOptions),
-        "qlora_dpo.training.plan:plan",
+        "qlora_dpo.training.memory.plan:plan",
         plan_config,
     ),
     "reference": Command(
         "Compute the reference's log-probs of a dataset ahead, for all runs to come.",
         (ModelOptions, DataOptions, FillOptions, EndpointOptions, ServedOptions, RayOptions),
-        "qlora_dpo.training.reference_commands:fill_store",
+        "qlora_dpo.scoring.reference:fill_store",
         fill_config,
     ),
     "reference info": Command(
@@ -70,7 +70,7 @@ COMMANDS = {
     "reference verify": Command(
         "Check a reference store, and compute some of it again.",
         (StoreVerifyOptions, ModelOptions, DataOptions),
-        "qlora_dpo.training.reference_commands:verify_store",
+        "qlora_dpo.scoring.reference:verify_store",
         verify_config,
         positional=("store",),
     ),
@@ -89,9 +89,9 @@ COMMANDS = {
     "score": Command(
         "Say how far an adapter agrees with any file of pairs, row by row, and which labels look wrong.",
         (ScoreOptions, ModelOptions, DataOptions, RayOptions),
-        "qlora_dpo.training.score_command:score",
+        "qlora_dpo.scoring.score:score",
         score_config,
-        defaults="qlora_dpo.training.scored_adapter:defaults_of_adapter",
+        defaults="qlora_dpo.scoring.adapter:defaults_of_adapter",
     ),
     "data convert": Command(
         "Write pairs in another format and kind of file.",

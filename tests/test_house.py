@@ -29,6 +29,7 @@ FLOORS = [
     "models",
     "reference",
     "training",
+    "scoring",
     "release",
     "labeling",
     "demo",

@@ -13,7 +13,7 @@ import yaml
 from qlora_dpo.cli import COMMANDS, main
 from qlora_dpo.command_line import parse
 from qlora_dpo.config.checks import train_config
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 RECIPES = Path(__file__).resolve().parents[1] / "rlhf"
 # What each one must say, from the runs that it repeats.

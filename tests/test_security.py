@@ -21,7 +21,7 @@ from qlora_dpo.errors import ModelError, QloraDpoError, StorageError, UsageError
 from qlora_dpo.models.loading import load_base, load_config, load_tokenizer, model_on_meta
 from qlora_dpo.models.lora import check_adapter_folder, load_adapter, save_adapter
 from qlora_dpo.redaction import redacted, refuse_secrets
-from qlora_dpo.training.checkpoints import load_state
+from qlora_dpo.training.folder.checkpoints import load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for folder in ("qlora_dpo", "eval") for path in sorted((ROOT / folder).rglob("*.py"))]

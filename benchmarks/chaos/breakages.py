@@ -22,7 +22,7 @@ def replace_everywhere(original: Any, substitute: Any) -> None:
 
 def no_verification() -> None:
     """Continue from the checkpoint with the highest number, whole or not."""
-    from qlora_dpo.training import checkpoints
+    from qlora_dpo.training.folder import checkpoints
 
     def newest(run: Path) -> tuple[Path | None, list[str]]:
         found = checkpoints.checkpoints(run)
@@ -33,7 +33,7 @@ def no_verification() -> None:
 
 def no_random_states() -> None:
     """Continue with whatever the random generators hold, so that dropout differs."""
-    from qlora_dpo.training import checkpoints
+    from qlora_dpo.training.folder import checkpoints
 
     replace_everywhere(checkpoints.restore_rng_states, lambda states: None)
 
@@ -64,7 +64,7 @@ def deaf() -> None:
 
 def dies_without_room() -> None:
     """Let a checkpoint that cannot be written end the run with an error of some library's own."""
-    from qlora_dpo.training import checkpoints
+    from qlora_dpo.training.folder import checkpoints
 
     save: Callable[..., Path] = checkpoints.save_checkpoint
 

@@ -49,7 +49,7 @@ def damage_many(run: Path, count: int, seed: str, breakage: str | None) -> list[
 
 def unnoticed(newest: Path, sound: Path, file: str) -> list[str]:
     """What is wrong with the choice that is made now that `file` of the newest checkpoint is damaged."""
-    from qlora_dpo.training.checkpoints import load_state, newest_valid
+    from qlora_dpo.training.folder.checkpoints import load_state, newest_valid
 
     try:
         chosen, reasons = newest_valid(newest.parent)

@@ -167,9 +167,7 @@ class Comparison:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip().rstrip("\N{REPLACEMENT CHARACTER}")
 
-    def _scored(
-        self, prompt_ids: Sequence[int], *written: tuple[Answer, tuple[int, ...]]
-    ) -> tuple[Answer, Answer]:
+    def _scored(self, prompt_ids: Sequence[int], *written: tuple[Answer, tuple[int, ...]]) -> tuple[Answer, Answer]:
         """Both answers with their log-probs under both models."""
         before, after = (answer for answer, _ in written)
         before_ids, after_ids = (ids for _, ids in written)

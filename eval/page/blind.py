@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -14,16 +14,20 @@ from eval.page.limits import MAX_PROMPT_CHARACTERS, prompt_of
 from eval.page.parts import MODEL_QUEUE, Page, body_of, card, facts_of_recorded, light, sentences, side_by_side
 from eval.page.text import block, notice, plain
 from eval.page.votes import VOTES, Ballot, Vote
-from eval.report_svg import interval_bar
+from eval.report.svg import interval_bar
 from qlora_dpo.labeling.human import SHORTCUTS
 
 
 def blind_tab(page: Page, blocks: gr.Blocks) -> None:
     """Build the tab."""
     words = page.words
-    gr.HTML(Markup('<div class="report">{}</div>').format(notice(words("blind_help"))), apply_default_css=False)
+    gr.HTML(
+        Markup('<div class="report">{}</div>').format(notice(words("blind_help"))),
+        apply_default_css=False,
+        elem_classes="shown",
+    )
     token, skipped = gr.Textbox(visible=False), gr.State([])
-    shown = gr.HTML(apply_default_css=False, elem_id="blind-answers")
+    shown = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="blind-answers")
     with gr.Row(elem_classes="actions votes"):
         # The ids are those that the keys of the labelling page press.
         buttons = [
@@ -31,11 +35,13 @@ def blind_tab(page: Page, blocks: gr.Blocks) -> None:
             for number, vote in enumerate(VOTES, 1)
         ]
         following = gr.Button(words("next"), variant="primary", elem_id="label-s", min_width=140)
-    standing = gr.HTML(apply_default_css=False, elem_id="blind-standing")
+    standing = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="blind-standing")
     outputs = [token, shown, standing, *buttons]
 
     def view(ballot: Ballot | None, otherwise: str, *, is_open: bool) -> list[Any]:
-        body = _view(page, ballot, is_open) if ballot else Markup('<div class="report">{}</div>').format(notice(otherwise))
+        body = (
+            _view(page, ballot, is_open) if ballot else Markup('<div class="report">{}</div>').format(notice(otherwise))
+        )
         name = ballot.token if ballot and is_open else ""
         return [name, body, _standing(page), *(gr.update(interactive=is_open) for _ in VOTES)]
 
@@ -46,22 +52,29 @@ def blind_tab(page: Page, blocks: gr.Blocks) -> None:
             rows = page.source.recorded().rows
             different = [row for row in rows if row.before.text != row.after.text]
             ballot = page.ballots.next(different, _voter(request), set(seen))
-        missing = words("all_voted", count=len(different)) if different else words("all_same" if rows else "nothing_to_vote")
+        missing = (
+            words("all_voted", count=len(different)) if different else words("all_same" if rows else "nothing_to_vote")
+        )
         return [seen, *view(ballot, missing, is_open=ballot is not None)]
 
-    def vote(choice: Vote, old: Any, request: gr.Request) -> list[Any]:
-        with sentences(words):
-            ballot = page.ballots.vote(old, choice, _voter(request)) if isinstance(old, str) else None
-        return view(ballot, words("vote_gone"), is_open=False)
+    def voting(choice: Vote) -> Callable[..., list[Any]]:
+        def vote(old: Any, request: gr.Request) -> list[Any]:
+            with sentences(words):
+                ballot = page.ballots.vote(old, choice, _voter(request)) if isinstance(old, str) else None
+            return view(ballot, words("vote_gone"), is_open=False)
+
+        return vote
 
     blocks.load(draw, [token, skipped], [skipped, *outputs], **light(api_name=False))
     blocks.load(None, None, None, js=SHORTCUTS)
     following.click(draw, [token, skipped], [skipped, *outputs], **light(api_name="next"))
     for button, choice in zip(buttons, VOTES, strict=True):
-        button.click(partial(vote, choice), [token], outputs, **light(api_name=f"vote_{choice}"))
+        button.click(voting(choice), [token], outputs, **light(api_name=f"vote_{choice}"))
     if page.model is not None:
         with gr.Accordion(words("blind_own"), open=False):
-            prompt = gr.Textbox(label=words("prompt"), lines=2, max_length=MAX_PROMPT_CHARACTERS, elem_id="blind-prompt")
+            prompt = gr.Textbox(
+                label=words("prompt"), lines=2, max_length=MAX_PROMPT_CHARACTERS, elem_id="blind-prompt"
+            )
             ask = gr.Button(words("blind_ask"), elem_id="blind-ask")
 
         def own(text: Any) -> list[Any]:
@@ -104,15 +117,15 @@ def _standing(page: Page) -> Markup:
     """The win rate of all votes so far, with its interval."""
     words, tally = page.words, page.ballots.tally()
     if not tally.votes:
-        return Markup('<div class="report standing card"><b>{}</b> <span class="soft">{}</span></div>').format(
-            words("win_rate"), words("no_votes")
-        )
+        return Markup(
+            '<div class="report"><div class="standing card"><b>{}</b> <span class="soft">{}</span></div></div>'
+        ).format(words("win_rate"), words("no_votes"))
     low, high = tally.interval
     counts = words("votes", votes=tally.votes, win=tally.win, tie=tally.tie, loss=tally.loss)
     return Markup(
-        '<div class="report standing card"><b>{}</b> <span class="rate">{:.1f} %</span>{}'
+        '<div class="report"><div class="standing card"><b>{}</b> <span class="rate">{:.1f} %</span>{}'
         '<span class="soft">{:.1f} % … {:.1f} % (95 %, Wilson)</span><span class="soft">{}</span>'
-        '<span class="soft">{}</span></div>'
+        '<span class="soft">{}</span></div></div>'
     ).format(
         words("win_rate"), 100 * tally.rate, interval_bar(tally.rate, low, high), 100 * low, 100 * high, counts,
         words("votes_file", file=page.ballots.pairs),

@@ -17,14 +17,23 @@ from eval.page.parts import Page
 from eval.page.run import Sections, data_tab, release_tab, training_tab
 from eval.page.samples import samples_tab
 from eval.page.text import showable
-from eval.report_page import TEMPLATES
+from eval.report.page import TEMPLATES
 from qlora_dpo.errors import UsageError
 
 STYLE = Path(__file__).with_name("page.css")
 AUTH = "QLORA_DPO_APP_AUTH"
 SHORTEST_PASSWORD = 8
 LOCAL = {"127.0.0.1", "::1", "localhost"}
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+FONTS = [
+    "system-ui",
+    "-apple-system",
+    "Segoe UI",
+    "Roboto",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Noto Sans CJK SC",
+    "sans-serif",
+]
 MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
@@ -32,7 +41,7 @@ def build_page(page: Page) -> gr.Blocks:
     """The Gradio page. Texts of models, data and visitors are shown as text, never as HTML."""
     words = page.words
     with gr.Blocks(title=f"{words('title')}: {showable(page.source.name)}", analytics_enabled=False) as blocks:
-        gr.HTML(_head(page), apply_default_css=False, elem_id="head")
+        gr.HTML(_head(page), apply_default_css=False, elem_classes="shown", elem_id="head")
         sections = Sections(page.source, page)
         with gr.Tabs():
             with gr.Tab(words("tab_compare"), id="compare"):
@@ -84,7 +93,10 @@ def look() -> dict[str, Any]:
 def style() -> str:
     """The report's style within the parts that are made like it, and the page's own."""
     report = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    light, dark = (found[1].replace("color-scheme: light dark;", "") for found in re.finditer(r":root \{(.*?)\}", report, re.DOTALL))
+    light, dark = (
+        found[1].replace("color-scheme: light dark;", "")
+        for found in re.finditer(r":root \{(.*?)\}", report, re.DOTALL)
+    )
     rest = report.partition("* { box-sizing")[2]
     scoped = f".report {{ * {{ box-sizing{rest} }}"
     return f"body {{{light}}}\nbody.dark {{{dark}}}\n{scoped}\n{STYLE.read_text(encoding='utf-8')}"

@@ -36,7 +36,9 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
     with gr.Row(elem_classes="actions"):
         ask = gr.Button(words("compare"), variant="primary", elem_id="compare-ask", scale=3)
         stop = gr.Button(words("stop"), elem_id="compare-stop", scale=1)
-    answers = gr.HTML(_both(page, Answer(), Answer(), None), apply_default_css=False, elem_id="compare-answers")
+    answers = gr.HTML(
+        _both(page, Answer(), Answer(), None), apply_default_css=False, elem_classes="shown", elem_id="compare-answers"
+    )
 
     def answer(text: Any, tokens: Any, temperature: Any, seed: Any) -> Iterator[Markup]:
         with sentences(words):
@@ -109,7 +111,7 @@ def _recorded(page: Page, blocks: gr.Blocks) -> None:
     """A recorded prompt with its recorded answers."""
     words = page.words
     picker = _picker(page, blocks)
-    shown = gr.HTML(apply_default_css=False, elem_id="compare-answers")
+    shown = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="compare-answers")
 
     def show(number: Any) -> Markup:
         pick = _pick(page, 0 if number is None else number)

@@ -18,7 +18,7 @@ from eval.page.source import Source
 from eval.page.text import block, spans
 from eval.page.votes import Ballots
 from eval.page.words import Language, Words
-from eval.report_svg import short
+from eval.report.svg import short
 from qlora_dpo.errors import QloraDpoError
 
 MODEL_QUEUE = "model"

@@ -1,4 +1,4 @@
-"""The prompts that a visitor can pick: those of the comparison, else those that the run held out, else built-in ones."""
+"""The prompts to pick: those of the comparison, else those that the run held out, else built-in ones."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ from eval.page.parts import Page, light
 from eval.page.source import Cached, Source, quoted, stamp
 from eval.page.text import notice, table
 from eval.page.words import Words
-from eval.report_page import TEMPLATES, page_of
-from eval.report_run import MERGE, Run, read_run
-from eval.report_svg import short
+from eval.report.page import TEMPLATES, page_of
+from eval.report.run import MERGE, Run, read_run
+from eval.report.svg import short
 from qlora_dpo.errors import QloraDpoError
-from qlora_dpo.training.run_folder import CONFIG, METRICS, STATUS
-from qlora_dpo.training.run_lock import LOCK
+from qlora_dpo.training.folder.run_folder import CONFIG, METRICS, STATUS
+from qlora_dpo.training.folder.run_lock import LOCK
 
 EVERY = 5  # seconds
 WATCHED = (METRICS, STATUS, CONFIG, MERGE, LOCK, f"compare/{SUMMARY}", f"compare/{VERDICTS}")
@@ -28,9 +28,10 @@ COLUMNS = (
     "learning_rate", "tokens_per_second",
 )  # fmt: skip
 LATEST = 12
-TRAINING, DATA, RELEASE = ("why", "curves", "categories", "settings"), ("data",), ("verdicts", "merge")
+CURVES, DETAILS = ("tiles", "why", "curves"), ("categories", "settings")
+DATA, RELEASE = ("data",), ("verdicts", "merge")
 # Only sections that the report made are in it: texts are escaped there, so none can hold such an end.
-_SECTION = re.compile(r'<section[^>]* id="(\w+)">.*?</section>|<section id="(\w+)".*?</section>', re.DOTALL)
+_SECTION = re.compile(r'<section[^>]* id="(\w+)">.*?</section>', re.DOTALL)
 _HEADER = re.compile(r'<div class="tiles">.*?</div>\s*<nav>', re.DOTALL)
 # The report's script fills legends while one points at a chart; it must run again on new charts.
 READ_CHARTS = "() => {{ setTimeout(() => {{ {} }}, 150); }}"
@@ -56,14 +57,19 @@ class Sections:
         assert self._source.run is not None
         run = read_run(self._source.run)
         whole = page_of(run, language=self._page.language)
-        parts = {found[1] or found[2]: Markup(found[0]) for found in _SECTION.finditer(whole)}
+        parts = {found[1]: Markup(found[0]) for found in _SECTION.finditer(whole)}
         if tiles := _HEADER.search(whole):
             parts["tiles"] = Markup(tiles[0].removesuffix("<nav>"))
         return run, parts
 
+    @property
+    def has_run(self) -> bool:
+        """Whether there is one to report on."""
+        return self._source.run is not None
+
     def show(self, names: Sequence[str]) -> Markup:
         """These sections, or a sentence why there are none."""
-        if self._source.run is None:
+        if not self.has_run:
             return _report(notice(self._page.words("no_run")))
         try:
             _, parts = self()
@@ -75,7 +81,7 @@ class Sections:
 def training_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
     """Build the tab: the curves, and the latest steps as a table."""
     words = page.words
-    shown = gr.HTML(apply_default_css=False, elem_id="training")
+    shown = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="training")
     seen = gr.State(None)
     timer = gr.Timer(EVERY, active=page.source.run is not None)
 
@@ -92,14 +98,14 @@ def training_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
 
 def data_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
     """Build the tab: what became of the rows, and what lint found."""
-    shown = gr.HTML(apply_default_css=False, elem_id="data")
+    shown = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="data")
     blocks.load(lambda: sections.show(DATA), None, [shown], **light(api_name=False))
 
 
 def release_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
     """Build the tab: verdicts, what merging changed, and the commands to go on with."""
     words, source = page.words, page.source
-    shown = gr.HTML(apply_default_css=False, elem_id="release")
+    shown = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="release")
 
     def show() -> Markup:
         found = sections.show(RELEASE)
@@ -126,21 +132,20 @@ def _merged(adapter: str) -> str:
 
 
 def _training(sections: Sections, words: Words) -> Markup:
-    found = sections.show(("tiles", *TRAINING))
+    """Curves, the latest steps, and what they were made with."""
+    shown = sections.show(CURVES)
     try:
-        run, _ = sections() if 'class="tiles"' in found else (None, None)
+        metrics = sections()[0].metrics if sections.has_run else []
     except (QloraDpoError, OSError):
-        return found
-    if run is None:
-        return found
-    rows = [row for row in run.metrics if "loss" in row][-LATEST:]
+        return shown
+    rows = [row for row in metrics if "loss" in row][-LATEST:]
     if not rows:
-        return found + _report(notice(words("no_steps")))
+        return shown
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
     lines = [[f"{row['step']:,}", *(_number(row.get(name)) for name in columns)] for row in reversed(rows)]
-    steps = Markup("<h2>{}</h2>{}").format(words("latest_steps"), table([words("step"), *columns], lines))
-    live = notice(words("live", seconds=EVERY)) if run.state == "going" else Markup("")
-    return found + _report(steps + live)
+    live = notice(words("live", seconds=EVERY)) if sections()[0].state == "going" else Markup("")
+    steps = Markup("<h2>{}</h2>{}{}").format(words("latest_steps"), live, table([words("step"), *columns], lines))
+    return shown + _report(steps) + sections.show(DETAILS)
 
 
 def _number(value: Any) -> str:

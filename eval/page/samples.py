@@ -21,7 +21,17 @@ from eval.page.words import Words
 PER_PAGE = 10
 MOST_SAVED = 10_000
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what makes a program take a cell for a formula
-COLUMNS = ("id", "category", "prompt", "before", "after", "reference_answer", "verdicts", "reward_before", "reward_after")
+COLUMNS = (
+    "id",
+    "category",
+    "prompt",
+    "before",
+    "after",
+    "reference_answer",
+    "verdicts",
+    "reward_before",
+    "reward_after",
+)
 
 ORDERS: dict[str, Callable[[Row], float]] = {
     "order_file": lambda row: 0,
@@ -71,12 +81,16 @@ def samples_tab(page: Page, blocks: gr.Blocks) -> None:
             label=words("search"), placeholder=words("search_placeholder"), max_length=200, elem_id="samples-search",
             min_width=220, scale=2,
         )  # fmt: skip
-        category = gr.Dropdown([(words("any"), "")], value="", label=words("category"), min_width=140, elem_id="samples-category")
+        category = gr.Dropdown(
+            [(words("any"), "")], value="", label=words("category"), min_width=140, elem_id="samples-category"
+        )
         winners = [(words("any"), ""), *((words(f"winner_{one}"), one) for one in WINNERS)]
         winner = gr.Dropdown(winners, value="", label=words("winner"), min_width=140, elem_id="samples-winner")
-        order = gr.Dropdown([(words(one), one) for one in ORDERS], value="order_file", label=words("order"), min_width=140)
+        order = gr.Dropdown(
+            [(words(one), one) for one in ORDERS], value="order_file", label=words("order"), min_width=140
+        )
     number = gr.State(0)
-    shown = gr.HTML(apply_default_css=False, elem_id="samples-rows")
+    shown = gr.HTML(apply_default_css=False, elem_classes="shown", elem_id="samples-rows")
     with gr.Row(elem_classes="actions"):
         previous = gr.Button(words("previous"), elem_id="samples-previous", min_width=110)
         following = gr.Button(words("following"), elem_id="samples-next", min_width=110)

@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.answers import ANSWERS, FOLDER, SUMMARY, VERDICTS, Row, Verdict, read_answers, read_verdicts
 from qlora_dpo.errors import StorageError
-from qlora_dpo.training.run_folder import CONFIG
+from qlora_dpo.training.folder.run_folder import CONFIG
 
 Stamp = tuple[tuple[int, int] | None, ...]
 

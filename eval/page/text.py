@@ -37,7 +37,9 @@ def block(text: str, kind: str = "") -> Markup:
 
 def chips(values: Iterable[str | Markup]) -> Markup:
     """Short facts in a row."""
-    return Markup('<ul class="chips">{}</ul>').format(Markup("").join(Markup("<li>{}</li>").format(one) for one in values))
+    return Markup('<ul class="chips">{}</ul>').format(
+        Markup("").join(Markup("<li>{}</li>").format(one) for one in values)
+    )
 
 
 def notice(text: str) -> Markup:

@@ -116,7 +116,11 @@ class Ballots:
             votes[key] += 1
             if annotator == voter:
                 own.add(key)
-        left = [(row, key) for row in rows if (key := _candidates(row.prompt, row.before.text, row.after.text).key) not in own]
+        left = [
+            (row, key)
+            for row in rows
+            if (key := _candidates(row.prompt, row.before.text, row.after.text).key) not in own
+        ]
         if not left:
             return None
         fewest = min(votes[key] for _, key in left)

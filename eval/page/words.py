@@ -59,7 +59,10 @@ LABELS: dict[str, tuple[str, str]] = {
         "token to read it.",
         "颜色表示词元的对数比（策略/参考）：蓝色更可能，橙色更不可能。将指针移到词元上可读数。",
     ),
-    "heat_token": ("log-ratio {ratio}, log-prob before {before}, after {after}", "对数比 {ratio}，训练前对数概率 {before}，训练后 {after}"),
+    "heat_token": (
+        "log-ratio {ratio}, log-prob before {before}, after {after}",
+        "对数比 {ratio}，训练前对数概率 {before}，训练后 {after}",
+    ),
     "same_text": ("Both answers are the same.", "两个回答相同。"),
     "reference_answer": ("Reference answer", "参考答案"),
     # refusals
@@ -140,7 +143,6 @@ LABELS: dict[str, tuple[str, str]] = {
     "latest_steps": ("Latest steps", "最近的训练步"),
     "step": ("step", "步"),
     "live": ("Read again every {seconds} seconds while the run goes on.", "训练进行时每 {seconds} 秒重新读取。"),
-    "no_steps": ("No step has been logged yet.", "尚无训练步的记录。"),
     "command_compare": ("Answer the held-out prompts before and after, and judge", "在训练前后回答留出提示并评判"),
     "command_gate": ("Ship or don't: exit code 1 where a rule does not hold", "是否发布：有规则不满足时退出码为 1"),
     "command_merge": ("Merge into a plain 16-bit model folder", "合并为普通 16 位模型文件夹"),

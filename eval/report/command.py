@@ -7,7 +7,7 @@ from eval.report.page import page_of
 from eval.report.png import draw_pictures
 from eval.report.run import read_run
 from qlora_dpo.errors import StorageError, UsageError
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 PAGE = "report.html"
 

@@ -70,7 +70,7 @@ def _draw_line(axes: Any, line: Line) -> None:
 def _fonts() -> list[str]:
     from matplotlib.font_manager import fontManager
 
-    from qlora_dpo.training.curves import CHINESE_FONTS  # imports torch
+    from qlora_dpo.training.records.curves import CHINESE_FONTS  # imports torch
 
     there = fontManager.get_font_names()
     return ["DejaVu Sans", *[name for name in CHINESE_FONTS if name in there][:1]]

@@ -17,8 +17,8 @@ import yaml
 
 from eval.answers import ANSWERS, FOLDER, SUMMARY, Row, Verdict, read_answers, read_summary, read_verdicts
 from qlora_dpo.errors import QloraDpoError, StorageError
-from qlora_dpo.training.run_folder import CARD, CONFIG, METRICS, SAMPLES, STATUS
-from qlora_dpo.training.run_lock import LOCK
+from qlora_dpo.training.folder.run_folder import CARD, CONFIG, METRICS, SAMPLES, STATUS
+from qlora_dpo.training.folder.run_lock import LOCK
 
 DEMO, MERGE, DATA = "before_after.json", "merge_report.json", "data.json"
 QUIET_SECONDS = 60 * 60  # after which a run on another machine that logs nothing counts as stopped

@@ -21,8 +21,8 @@ from qlora_dpo.demo.world import Question, held_out_questions, is_explained, sta
 from qlora_dpo.models.generation import generate
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import add_adapter
-from qlora_dpo.training.run_folder import RunFolder, write_atomically
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.folder.run_folder import RunFolder, write_atomically
+from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.train import Trained, open_run, pair_tokenizer, train, train_in
 from qlora_dpo.training.trained_on import load_trained
 

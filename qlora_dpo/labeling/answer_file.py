@@ -11,7 +11,7 @@ from typing import Any
 from qlora_dpo.errors import DataError, StorageError, UsageError
 from qlora_dpo.labeling.prompts import PromptRow
 from qlora_dpo.labeling.record_file import RecordFile
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 Answers = list[tuple[str, str]]
 """(text, finish reason) of each candidate."""

@@ -17,7 +17,7 @@ from typing import Any
 from qlora_dpo.errors import DataError, StorageError, UsageError
 from qlora_dpo.labeling.candidates import Candidates, load_candidates, read_candidates
 from qlora_dpo.labeling.record_file import RecordFile, read_lines
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 __all__ = [
     "Candidates", "Record", "Summary", "Verdict", "Verdicts", "finish", "load_candidates", "majority", "now",

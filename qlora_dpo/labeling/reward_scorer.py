@@ -20,7 +20,7 @@ from qlora_dpo.models.loading import (
     load_tokenizer,
     refuse_hidden_adapter,
 )
-from qlora_dpo.training.content import weights_fingerprint
+from qlora_dpo.training.folder.content import weights_fingerprint
 
 HEADS = ["score", "classifier", "classification_head", "regression_head", "v_head"]  # stay in --dtype
 

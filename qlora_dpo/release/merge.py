@@ -18,8 +18,8 @@ from qlora_dpo.config.release import MergeOptions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.loading import load_base, model_on_meta
 from qlora_dpo.models.lora import POLICY, check_adapter_folder, load_adapter
-from qlora_dpo.training.checkpoints import newest_valid
-from qlora_dpo.training.run_folder import STATUS, RunFolder
+from qlora_dpo.training.folder.checkpoints import newest_valid
+from qlora_dpo.training.folder.run_folder import STATUS, RunFolder
 from qlora_dpo.training.trained_on import load_tokenizer_of, trained_on
 
 

@@ -23,8 +23,8 @@ from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.data.templates import apply_prompt_template
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.training.folder.run_folder import write_atomically
 from qlora_dpo.training.linting import refuse_errors
-from qlora_dpo.training.run_folder import write_atomically
 
 
 def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOptions) -> None:

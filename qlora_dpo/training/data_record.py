@@ -10,7 +10,7 @@ from typing import Any
 from qlora_dpo.data.linting.report import LintReport
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.training.data import TrainingData
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 FILE = "data.json"
 _COUNTED = (

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from qlora_dpo.errors import TrainingError
 from qlora_dpo.objectives.metrics import CHOSEN_SHIFT
 from qlora_dpo.objectives.objective import Objective
-from qlora_dpo.training.checkpoints import rng_states
 from qlora_dpo.training.engine import Engine
-from qlora_dpo.training.saving import Saver
+from qlora_dpo.training.folder.checkpoints import rng_states
+from qlora_dpo.training.folder.saving import Saver
 
 LIMIT = -0.1
 """Nats per token, against the reference. The sources give no number. At this one the perplexity of the chosen answers

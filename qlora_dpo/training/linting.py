@@ -19,7 +19,7 @@ from qlora_dpo.data.linting.report import LintReport
 from qlora_dpo.data.linting.tokens import facts_of
 from qlora_dpo.errors import DataError
 from qlora_dpo.training.data import TrainingData
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 SHOWN = 3
 _KEPT_ROWS = 20  # of each rule

@@ -19,17 +19,17 @@ from tqdm import tqdm
 from qlora_dpo.config.training import TrainingOptions
 from qlora_dpo.errors import Interrupted, TrainingError
 from qlora_dpo.models.lora import trainable_parameters
-from qlora_dpo.training.checkpoints import rng_states
-from qlora_dpo.training.device_memory import DeviceMemory, within_memory
 from qlora_dpo.training.displacement import DisplacementGuard, Guard, NoGuard
 from qlora_dpo.training.engine import Engine
-from qlora_dpo.training.preflight import preflight
-from qlora_dpo.training.resuming import resume
-from qlora_dpo.training.run_folder import RunFolder
-from qlora_dpo.training.saving import Saver
+from qlora_dpo.training.folder.checkpoints import rng_states
+from qlora_dpo.training.folder.resuming import resume
+from qlora_dpo.training.folder.run_folder import RunFolder
+from qlora_dpo.training.folder.saving import Saver
+from qlora_dpo.training.memory.device_memory import DeviceMemory, within_memory
+from qlora_dpo.training.memory.preflight import preflight
+from qlora_dpo.training.records.tracking import Metrics, Recorder, cut_back, read_metrics
 from qlora_dpo.training.schedule import Schedule
 from qlora_dpo.training.signals import StopFlag, StopRequested
-from qlora_dpo.training.tracking import Metrics, Recorder, cut_back, read_metrics
 
 MAX_BAD_STEPS = 3  # in a row, before a run with non-finite numbers or without a gradient is stopped
 MIN_STEPS_ON_CPU = 100  # for a preflight, which takes as long as one or two steps

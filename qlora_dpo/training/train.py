@@ -32,21 +32,12 @@ from qlora_dpo.models.lora import (
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective
 from qlora_dpo.objectives.supervised import SupervisedObjective
-from qlora_dpo.training.checkpoints import disk_errors
-from qlora_dpo.training.content import content_of
-from qlora_dpo.training.curves import draw_curves
 from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.data_record import write_data_record
-from qlora_dpo.training.device_memory import device_memory
 from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS, Engine
-from qlora_dpo.training.levels import levels_of_run
-from qlora_dpo.training.linting import lint_training_data
-from qlora_dpo.training.loop import Training, fit
-from qlora_dpo.training.model_card import write_model_card
-from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
-from qlora_dpo.training.referencing import reference_of_run, refuse_unusable_store
-from qlora_dpo.training.row_reference import refuse_row_sums
-from qlora_dpo.training.run_folder import (
+from qlora_dpo.training.folder.checkpoints import disk_errors
+from qlora_dpo.training.folder.content import content_of
+from qlora_dpo.training.folder.run_folder import (
     CARD,
     CURVES,
     SAMPLES,
@@ -54,11 +45,20 @@ from qlora_dpo.training.run_folder import (
     default_output_dir,
     held_run_folder,
 )
+from qlora_dpo.training.linting import lint_training_data
+from qlora_dpo.training.loop import Training, fit
+from qlora_dpo.training.memory.device_memory import device_memory
+from qlora_dpo.training.memory.levels import levels_of_run
+from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
+from qlora_dpo.training.records.curves import draw_curves
+from qlora_dpo.training.records.model_card import write_model_card
+from qlora_dpo.training.records.trackers import start_trackers
+from qlora_dpo.training.records.tracking import Recorder, read_metrics
+from qlora_dpo.training.referencing import reference_of_run, refuse_unusable_store
+from qlora_dpo.training.row_reference import refuse_row_sums
 from qlora_dpo.training.samples import SamplePrinter
 from qlora_dpo.training.schedule import make_schedule
 from qlora_dpo.training.signals import StopFlag, stop_on_signals
-from qlora_dpo.training.trackers import start_trackers
-from qlora_dpo.training.tracking import Recorder, read_metrics
 
 SAMPLE_PROMPTS = 4
 

@@ -13,7 +13,7 @@ from qlora_dpo.config.training import ModelOptions, quantization_of
 from qlora_dpo.errors import UsageError
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder, load_adapter
-from qlora_dpo.training.run_folder import CONFIG
+from qlora_dpo.training.folder.run_folder import CONFIG
 
 
 @dataclass(frozen=True)

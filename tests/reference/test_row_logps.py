@@ -19,7 +19,7 @@ from qlora_dpo.errors import ModelError
 from qlora_dpo.reference.local import ReferenceLogps
 from qlora_dpo.reference.row_logps import RowReference, check_row_sums, spread
 from qlora_dpo.reference.store import ReferenceStore, completion_key
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 STEPS = ("--max_steps", "3", "--gradient_accumulation_steps", "4", "--learning_rate", "1e-2", "--eval_fraction", "0.1")
 

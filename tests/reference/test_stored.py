@@ -17,9 +17,9 @@ from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.reference.local import ReferenceLogps, Score, logps_by_completion, reference_score
 from qlora_dpo.reference.store import ModelIdentity, ModelRows, ReferenceStore, completion_key
 from qlora_dpo.reference.stored import StoredReference
-from qlora_dpo.training.checkpoints import checkpoints
+from qlora_dpo.training.folder.checkpoints import checkpoints
 from qlora_dpo.training.loop import Training, fit
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 MODEL = ModelIdentity("a" * 64, {"model": "tiny"})
 TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second", "memory/peak_gib"}

@@ -11,7 +11,7 @@ import torch
 from tiny import RAGGED, random_pairs
 
 from qlora_dpo.cli import main
-from qlora_dpo.training.run_folder import RunFolder
+from qlora_dpo.training.folder.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module", params=["4bit", "8bit", "none"])

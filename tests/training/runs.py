@@ -14,12 +14,12 @@ from qlora_dpo.models.scoring import Scorer, choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective
 from qlora_dpo.reference.local import local_reference
 from qlora_dpo.training.engine import Engine
+from qlora_dpo.training.folder.run_folder import open_run_folder
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
-from qlora_dpo.training.run_folder import open_run_folder
+from qlora_dpo.training.records.tracking import Recorder, read_metrics
 from qlora_dpo.training.schedule import Schedule
 from qlora_dpo.training.signals import StopFlag
-from qlora_dpo.training.tracking import Recorder, read_metrics
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,10 @@ from training.runs import make_training
 
 from qlora_dpo.objectives.categories import Categories, CategorySums, make_categories
 from qlora_dpo.training.by_category import category_table
-from qlora_dpo.training.curves import draw_curves
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.model_card import write_model_card
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.curves import draw_curves
+from qlora_dpo.training.records.model_card import write_model_card
+from qlora_dpo.training.records.tracking import read_metrics
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
 NAMES = ["math", "open qa", None, "数学", "math", "open qa", "math", "code"]

@@ -15,12 +15,12 @@ from training.runs import make_training
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import ModelError, StorageError, UsageError
-from qlora_dpo.training.changes import CONTENT, FIXED, FREE
-from qlora_dpo.training.checkpoints import checkpoints
-from qlora_dpo.training.content import weights_fingerprint
+from qlora_dpo.training.folder.changes import CONTENT, FIXED, FREE
+from qlora_dpo.training.folder.checkpoints import checkpoints
+from qlora_dpo.training.folder.content import weights_fingerprint
+from qlora_dpo.training.folder.run_folder import RunFolder, open_run_folder
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.run_folder import RunFolder, open_run_folder
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.train import content_of
 
 PAIRS = random_pairs([(3, 4, 5), (6, 2, 7), (2, 8, 3), (4, 4, 4)])

@@ -13,9 +13,9 @@ import torch
 from tiny import random_pairs, tiny_model, with_lora
 from training.runs import adapter_weights, make_training
 
-from qlora_dpo.training import checkpoints as checkpoints_module
-from qlora_dpo.training.changes import FREE, options_hash
-from qlora_dpo.training.checkpoints import MANIFEST, checkpoints, newest_valid, read_manifest, rotate
+from qlora_dpo.training.folder import checkpoints as checkpoints_module
+from qlora_dpo.training.folder.changes import FREE, options_hash
+from qlora_dpo.training.folder.checkpoints import MANIFEST, checkpoints, newest_valid, read_manifest, rotate
 from qlora_dpo.training.loop import Training, fit
 
 PAIRS = random_pairs([(3, 4, 5), (6, 2, 7), (2, 8, 3), (4, 4, 4)])
@@ -173,7 +173,7 @@ def test_checkpoint_that_cannot_be_deleted_is_a_warning(
     def refuse(run: Path, keep: int) -> None:
         raise PermissionError(13, "Permission denied", "checkpoint-0")
 
-    monkeypatch.setattr("qlora_dpo.training.saving.rotate", refuse)
+    monkeypatch.setattr("qlora_dpo.training.folder.saving.rotate", refuse)
     fit(training_on(tmp_path))
     assert steps_of(tmp_path) == [0, 2, 4, 6]
     error = capsys.readouterr().err

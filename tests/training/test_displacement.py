@@ -17,10 +17,10 @@ from training.runs import adapter_weights, make_training, run
 from qlora_dpo.errors import Interrupted, TrainingError
 from qlora_dpo.objectives.metrics import CHOSEN_SHIFT
 from qlora_dpo.objectives.objective import make_objective
-from qlora_dpo.training.checkpoints import newest_valid
 from qlora_dpo.training.displacement import LIMIT, MEMORY, NLL_WEIGHT, DisplacementGuard
+from qlora_dpo.training.folder.checkpoints import newest_valid
 from qlora_dpo.training.loop import Training, fit
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 SENTENCE = "nats less likely than under the reference"
 

@@ -20,12 +20,12 @@ from tiny import random_pairs, tiny_model, with_lora
 from training.runs import make_training
 
 from qlora_dpo.errors import Interrupted, StorageError
-from qlora_dpo.training import checkpoints as checkpoints_module
-from qlora_dpo.training.checkpoints import checkpoints, disk_errors, newest_valid
+from qlora_dpo.training.folder import checkpoints as checkpoints_module
+from qlora_dpo.training.folder.checkpoints import checkpoints, disk_errors, newest_valid
+from qlora_dpo.training.folder.run_folder import RunFolder, write_atomically
+from qlora_dpo.training.folder.saving import checkpoint_bytes
 from qlora_dpo.training.loop import Training, fit
-from qlora_dpo.training.run_folder import RunFolder, write_atomically
-from qlora_dpo.training.saving import checkpoint_bytes
-from qlora_dpo.training.tracking import Recorder, cut_back, read_metrics
+from qlora_dpo.training.records.tracking import Recorder, cut_back, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = random_pairs([(3, 4, 5), (6, 2, 7), (2, 8, 3), (4, 4, 4)])
@@ -143,7 +143,7 @@ def test_run_json_that_cannot_be_written_stops_nothing(
     def refuse(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("qlora_dpo.training.run_folder.write_atomically", refuse)
+    monkeypatch.setattr("qlora_dpo.training.folder.run_folder.write_atomically", refuse)
     fit(training)
     assert newest_valid(tmp_path) == (tmp_path / "checkpoint-4", [])
     assert "run.json cannot be written: No space left on device" in capsys.readouterr().err

@@ -18,9 +18,9 @@ from qlora_dpo.data.packing import LayoutKind, batch_cost, cut, pack
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import LEVELS, Level
 from qlora_dpo.models.memory import Activations
-from qlora_dpo.training import levels as module
 from qlora_dpo.training.data import load_training_data
-from qlora_dpo.training.levels import (
+from qlora_dpo.training.memory import levels as module
+from qlora_dpo.training.memory.levels import (
     PairLengths,
     choose_levels,
     describe,

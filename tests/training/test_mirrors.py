@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from qlora_dpo.errors import UsageError
-from qlora_dpo.training import trackers
-from qlora_dpo.training.mirrors import Limits, Mirror
-from qlora_dpo.training.tracking import Recorder, read_metrics
+from qlora_dpo.training.records import trackers
+from qlora_dpo.training.records.mirrors import Limits, Mirror
+from qlora_dpo.training.records.tracking import Recorder, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 200
@@ -172,8 +172,8 @@ def test_tracker_that_is_not_installed_is_refused_before_any_starts(
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from qlora_dpo.training.trackers import start_trackers
-from qlora_dpo.training.tracking import Recorder
+from qlora_dpo.training.records.trackers import start_trackers
+from qlora_dpo.training.records.tracking import Recorder
 folder = Path(sys.argv[1])
 import wandb
 started = time.monotonic()

@@ -24,10 +24,10 @@ from qlora_dpo.data.mixtures.mix import mix
 from qlora_dpo.data.mixtures.sampling import Sampler
 from qlora_dpo.errors import DataError, Interrupted, UsageError
 from qlora_dpo.training.data import TrainingData, load_training_data
+from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.loop import Training, fit
-from qlora_dpo.training.run_folder import RunFolder
+from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.schedule import make_schedule
-from qlora_dpo.training.tracking import read_metrics
 
 CATEGORIES = ["math", "chat", "left"]
 RATES = {"math": 1.5, "chat": 0.4, "left": 0.0, "plain": 2.0}

@@ -18,7 +18,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.models.scoring import Scorer
 from qlora_dpo.objectives.objective import make_objective
 from qlora_dpo.training.loop import Training, fit
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 BUDGET = 60
 

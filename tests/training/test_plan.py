@@ -18,7 +18,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.models.activation_checkpointing import LEVELS
 from qlora_dpo.models.lora import save_adapter
 from qlora_dpo.models.skeleton import build_skeleton
-from qlora_dpo.training import memory_plan
+from qlora_dpo.training.memory import prediction as memory_plan
 from qlora_dpo.training.schedule import make_schedule
 from qlora_dpo.training.speed import CARDS, UTILIZATION, card_rate, count_flops, rates, work_of_run
 

@@ -17,11 +17,11 @@ from qlora_dpo.errors import Interrupted
 from qlora_dpo.models.scoring import Scorer
 from qlora_dpo.objectives.objective import make_objective
 from qlora_dpo.training import loop
-from qlora_dpo.training.checkpoints import checkpoints, load_state
+from qlora_dpo.training.folder.checkpoints import checkpoints, load_state
 from qlora_dpo.training.loop import Training, fit
+from qlora_dpo.training.memory.preflight import MOST, RESERVE, fitting_budget
 from qlora_dpo.training.optimizers import make_scheduler
-from qlora_dpo.training.preflight import MOST, RESERVE, fitting_budget
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second", "memory/peak_gib"}
 
@@ -266,8 +266,8 @@ def budget_on(folder: Path, *, rows: list[Any], loss_type: str = "sigmoid", **de
 def test_budget_is_what_leaves_the_reserve(
     free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora_dpo.training.preflight.SMALL", 50)
-    monkeypatch.setattr("qlora_dpo.training.preflight.LARGE", 150)
+    monkeypatch.setattr("qlora_dpo.training.memory.preflight.SMALL", 50)
+    monkeypatch.setattr("qlora_dpo.training.memory.preflight.LARGE", 150)
     budget, device = budget_on(tmp_path, rows=pairs(48), capacity=free, fixed=5_000, per_token=100)
     limit = (1 - RESERVE) * free
     assert 5_000 + 100 * budget <= limit < 5_000 + 100 * (budget + 1)
@@ -289,7 +289,7 @@ def test_pairs_that_never_fill_two_sizes_get_the_largest_budget() -> None:
 def test_budget_that_was_too_hopeful_is_halved_until_it_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qlora_dpo.training.preflight.fitting_budget", lambda measured, free: 10_000)
+    monkeypatch.setattr("qlora_dpo.training.memory.preflight.fitting_budget", lambda measured, free: 10_000)
     rows = random_pairs([(4, 4, 4)] * 24)  # ten tokens a pair, eight in a step
     budget, device = budget_on(tmp_path, rows=rows, capacity=3_000, per_token=100)
     assert budget == 20  # 80 do not fit, 40 neither, 30 would

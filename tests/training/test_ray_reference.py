@@ -31,9 +31,9 @@ from qlora_dpo.errors import DataError, ModelError, ResourceError, StorageError
 from qlora_dpo.models.lora import save_adapter
 from qlora_dpo.reference.fill import keys_of
 from qlora_dpo.reference.store import Logps, ReferenceStore
-from qlora_dpo.training import ray_cluster
-from qlora_dpo.training.ray_cluster import Workers, ray_workers
-from qlora_dpo.training.ray_reference import RayWay, Worker
+from qlora_dpo.scoring import ray_cluster
+from qlora_dpo.scoring.ray_cluster import Workers, ray_workers
+from qlora_dpo.scoring.ray_workers import RayWay, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the package ray is not installed")
@@ -86,13 +86,17 @@ def stopped_midway(words: list[str], store: Path, kept: int, number: int, addres
             [sys.executable, "-m", "qlora_dpo", *words], cwd=ROOT, stderr=said, stdout=subprocess.DEVNULL,
             env=os.environ | {"RAY_ADDRESS": address},
         )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while rows_kept(store) <= kept:
-            assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
-            time.sleep(0.05)
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
-        process.wait(60)
+        try:
+            deadline = time.monotonic() + 240
+            while rows_kept(store) <= kept:
+                assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+                time.sleep(0.05)
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(number)
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
     left = psutil.wait_procs(started, timeout=20)[1]
     yield process.returncode, errors.read_text()
     assert not left

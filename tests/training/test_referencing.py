@@ -25,8 +25,8 @@ from qlora_dpo.models.lora import save_adapter
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.reference.local import reference_score
 from qlora_dpo.reference.store import ReferenceStore
-from qlora_dpo.training.reference_commands import LARGE, measured_budget
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.scoring.reference import LARGE, measured_budget
+from qlora_dpo.training.records.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dpo.errors import UsageError
-from qlora_dpo.training.run_folder import CONFIG, held_run_folder, open_run_folder
+from qlora_dpo.training.folder.run_folder import CONFIG, held_run_folder, open_run_folder
 
 
 def test_kill_before_the_first_file_has_its_name_leaves_a_folder_that_continues(tmp_path: Path) -> None:

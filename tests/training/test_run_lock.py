@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 from qlora_dpo.errors import StorageError, UsageError
-from qlora_dpo.training.run_folder import RunFolder, held_run_folder
-from qlora_dpo.training.run_lock import LOCK, locked
+from qlora_dpo.training.folder.run_folder import RunFolder, held_run_folder
+from qlora_dpo.training.folder.run_lock import LOCK, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from qlora_dpo.training.run_lock import locked
+from qlora_dpo.training.folder.run_lock import locked
 {before}
 with locked(Path(sys.argv[1])):
     {within}

@@ -19,8 +19,8 @@ from qlora_dpo.data.dataset import load_preference_dataset
 from qlora_dpo.labeling.candidates import Candidates, read_candidates
 from qlora_dpo.models.lora import save_adapter
 from qlora_dpo.reference.store import ModelRows, ReferenceStore
-from qlora_dpo.training import score_command
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.scoring import score as score_command
+from qlora_dpo.training.records.tracking import read_metrics
 
 PLAIN = {"load_in_4bit": "false", "dtype": "float32"}
 

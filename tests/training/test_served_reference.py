@@ -22,7 +22,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.data.dataset import load_preference_dataset
 from qlora_dpo.reference.fill import keys_of
 from qlora_dpo.reference.store import ReferenceStore
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ("--load_in_4bit", "false", "--dtype", "float32")

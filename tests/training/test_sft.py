@@ -24,9 +24,9 @@ from qlora_dpo.models.lean_layers import make_lean
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.models.scoring import Scorer, choose_scorer
 from qlora_dpo.objectives.supervised import SupervisedObjective
-from qlora_dpo.training.levels import ConversationLengths
 from qlora_dpo.training.loop import fit
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.memory.levels import ConversationLengths
+from qlora_dpo.training.records.tracking import read_metrics
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("shared", {}),

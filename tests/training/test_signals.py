@@ -20,11 +20,11 @@ from qlora_dpo.cli import COMMANDS, main
 from qlora_dpo.command_line import Command
 from qlora_dpo.errors import Interrupted
 from qlora_dpo.training import loop
-from qlora_dpo.training.checkpoints import checkpoints, newest_valid
+from qlora_dpo.training.folder.checkpoints import checkpoints, newest_valid
 from qlora_dpo.training.loop import Training, fit
+from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.samples import SamplePrinter
 from qlora_dpo.training.signals import StopFlag, StopRequested, Terminated, stop_on_signals, terminable
-from qlora_dpo.training.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = random_pairs([(3, 4, 5), (6, 2, 7), (2, 8, 3), (4, 4, 4), (5, 3, 2), (7, 6, 5)])

@@ -21,8 +21,8 @@ from qlora_dpo.models.lora import (
     save_adapter,
     trainable_parameters,
 )
-from qlora_dpo.training.mirrors import Mirror
-from qlora_dpo.training.tracking import Recorder, read_metrics
+from qlora_dpo.training.records.mirrors import Mirror
+from qlora_dpo.training.records.tracking import Recorder, read_metrics
 
 
 def train(model: Path, pairs: Path, out: Path, *more: str | Path) -> int:

@@ -72,7 +72,7 @@ def test_reference_computed_once_gives_the_same_trajectory_as_each_epoch_anew(tm
             known = training.engine.reference._known
             training.stop.check = lambda: known.clear()  # type: ignore[method-assign]
         fit(training)
-        from qlora_dpo.training.tracking import read_metrics
+        from qlora_dpo.training.records.tracking import read_metrics
 
         return [row["loss"] for row in read_metrics(training.run.metrics)]
 

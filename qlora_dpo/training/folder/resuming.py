@@ -10,15 +10,15 @@ import torch
 
 from qlora_dpo.errors import ModelError, UsageError
 from qlora_dpo.models.lora import restore_adapter
-from qlora_dpo.training.checkpoints import (
+from qlora_dpo.training.folder.checkpoints import (
     clear_leftovers,
     load_state,
     newest_valid,
     other_versions,
     restore_rng_states,
 )
-from qlora_dpo.training.run_folder import SAMPLES, RunFolder
-from qlora_dpo.training.tracking import cut_back
+from qlora_dpo.training.folder.run_folder import SAMPLES, RunFolder
+from qlora_dpo.training.records.tracking import cut_back
 
 Optimizer = torch.optim.Optimizer
 Scheduler = torch.optim.lr_scheduler.LRScheduler

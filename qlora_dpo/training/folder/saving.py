@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.lora import save_adapter, trainable_parameters
-from qlora_dpo.training.checkpoints import checkpoints, rng_states, rotate, save_checkpoint
-from qlora_dpo.training.run_folder import RunFolder
+from qlora_dpo.training.folder.checkpoints import checkpoints, rng_states, rotate, save_checkpoint
+from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.schedule import Schedule
 
 PATIENCE_SECONDS = 30 * 60  # that a run goes on although its checkpoints cannot be written

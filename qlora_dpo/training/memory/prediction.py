@@ -16,7 +16,7 @@ from qlora_dpo.models.loading import check_cpu_quantizable, choose_device, load_
 from qlora_dpo.models.lora import check_adapter_folder
 from qlora_dpo.models.memory import Activations, count_activations
 from qlora_dpo.models.skeleton import Skeleton, build_skeleton
-from qlora_dpo.training.levels import (
+from qlora_dpo.training.memory.levels import (
     CPU_SHARE,
     RESERVE,
     UNCOUNTED,

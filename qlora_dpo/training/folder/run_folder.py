@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from qlora_dpo.errors import StorageError, UsageError
-from qlora_dpo.training.changes import (
+from qlora_dpo.training.folder.changes import (
     CONTENT,
     ONE_TIME,
     Change,
@@ -27,7 +27,7 @@ from qlora_dpo.training.changes import (
     refuse,
     refuse_pointless,
 )
-from qlora_dpo.training.run_lock import LOCK, locked
+from qlora_dpo.training.folder.run_lock import LOCK, locked
 
 CONFIG, STATUS, METRICS, CURVES, CARD, SAMPLES = (
     "config.yaml", "run.json", "metrics.jsonl", "training_curves.png", "README.md", "samples.jsonl"

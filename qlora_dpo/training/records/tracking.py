@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.errors import StorageError
-from qlora_dpo.training.mirrors import Metrics, Mirror, finish_mirrors
-from qlora_dpo.training.run_folder import write_atomically
+from qlora_dpo.training.folder.run_folder import write_atomically
+from qlora_dpo.training.records.mirrors import Metrics, Mirror, finish_mirrors
 
 logger = logging.getLogger(__name__)
 

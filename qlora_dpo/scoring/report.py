@@ -14,9 +14,9 @@ from qlora_dpo.data.linting.preview import visible
 from qlora_dpo.errors import StorageError
 from qlora_dpo.reference.flipped_labels import FlippedLabels
 from qlora_dpo.reference.implicit_rewards import Scored
+from qlora_dpo.scoring.adapter import NONE, ScoredAdapter
 from qlora_dpo.training.data import TrainingData
-from qlora_dpo.training.run_folder import write_atomically
-from qlora_dpo.training.scored_adapter import NONE, ScoredAdapter
+from qlora_dpo.training.folder.run_folder import write_atomically
 
 SHOWN_CATEGORIES = 20
 _WIDEST = 30  # characters of a category's name

@@ -14,9 +14,9 @@ from qlora_dpo.data.templates import apply_prompt_template
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.loading import load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder
-from qlora_dpo.training.checkpoints import newest_valid
-from qlora_dpo.training.content import base_fingerprint
-from qlora_dpo.training.run_folder import CONFIG, STATUS, RunFolder
+from qlora_dpo.training.folder.checkpoints import newest_valid
+from qlora_dpo.training.folder.content import base_fingerprint
+from qlora_dpo.training.folder.run_folder import CONFIG, STATUS, RunFolder
 from qlora_dpo.training.train import load_training_tokenizer
 
 NONE = "none"

@@ -24,8 +24,8 @@ from qlora_dpo.models.lora import POLICY
 from qlora_dpo.models.memory import OPTIMIZER_BYTES, Activations, count_activations
 from qlora_dpo.models.skeleton import Skeleton, build_skeleton
 from qlora_dpo.training.data import TrainingData
-from qlora_dpo.training.device_memory import device_memory
 from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS
+from qlora_dpo.training.memory.device_memory import device_memory
 from qlora_dpo.training.optimizers import optimizer_name
 
 RESERVE = 0.1  # of a GPU's free memory, for what its allocator cannot use

@@ -23,8 +23,8 @@ from qlora_dpo.models.loading import choose_device, out_of_memory
 from qlora_dpo.reference.fill import Keep, Way
 from qlora_dpo.reference.identity import differences
 from qlora_dpo.reference.store import Logps, ModelIdentity
-from qlora_dpo.training.ray_cluster import Workers, node_name
-from qlora_dpo.training.served_reference import MOST_REFUSED
+from qlora_dpo.scoring.ray_cluster import Workers, node_name
+from qlora_dpo.scoring.served import MOST_REFUSED
 
 PART = 128  # pairs that a worker gets at once, at most
 PARTS = 4  # of a worker at least, so that all end at about the same time

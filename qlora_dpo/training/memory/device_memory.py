@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from qlora_dpo.training.checkpoints import restore_rng_states
 from qlora_dpo.training.engine import Engine
+from qlora_dpo.training.folder.checkpoints import restore_rng_states
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_dpo.errors import UsageError
 from qlora_dpo.redaction import redacted
-from qlora_dpo.training.mirrors import Limits, Metrics, Mirror, Tracker
+from qlora_dpo.training.records.mirrors import Limits, Metrics, Mirror, Tracker
 
 WANDB_FINISH_SECONDS = 5.0  # below what a mirror has for it, so that wandb itself says how to upload the rest
 

@@ -28,12 +28,13 @@ from qlora_dpo.reference.fill import LocalWay, Shard, Way, fill
 from qlora_dpo.reference.local import Score, reference_score
 from qlora_dpo.reference.store import Logps, ModelIdentity, ReferenceStore
 from qlora_dpo.reference.stored import StoredReference
+from qlora_dpo.scoring.ray_cluster import on_a_worker, ray_workers
+from qlora_dpo.scoring.ray_workers import RayWay
+from qlora_dpo.scoring.served import Texts, served_way
 from qlora_dpo.training.data import TrainingData, load_training_data
-from qlora_dpo.training.device_memory import DeviceMemory, device_memory
 from qlora_dpo.training.linting import lint_training_data
-from qlora_dpo.training.preflight import LARGE, SMALL, fitting_budget
-from qlora_dpo.training.ray_cluster import on_a_worker, ray_workers
-from qlora_dpo.training.ray_reference import RayWay
+from qlora_dpo.training.memory.device_memory import DeviceMemory, device_memory
+from qlora_dpo.training.memory.preflight import LARGE, SMALL, fitting_budget
 from qlora_dpo.training.referencing import (
     Recomputed,
     brief,
@@ -43,7 +44,6 @@ from qlora_dpo.training.referencing import (
     measured_drift,
     refuse_unusable_store,
 )
-from qlora_dpo.training.served_reference import Texts, served_way
 from qlora_dpo.training.train import load_policy, load_training_tokenizer
 
 ON_CPU = 8192  # tokens of a micro-batch

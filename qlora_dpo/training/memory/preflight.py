@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from qlora_dpo.models.lora import trainable_parameters
-from qlora_dpo.training.checkpoints import restore_rng_states, rng_states
-from qlora_dpo.training.device_memory import DeviceMemory, halve_budget
 from qlora_dpo.training.engine import Engine
+from qlora_dpo.training.folder.checkpoints import restore_rng_states, rng_states
+from qlora_dpo.training.memory.device_memory import DeviceMemory, halve_budget
 
 SMALL, LARGE = 512, 2048  # tokens of the two micro-batches that are measured
 MOST = 16_384  # beyond this a larger micro-batch is no faster

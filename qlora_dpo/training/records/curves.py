@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.training.by_category import logged_categories, shown_prefix
-from qlora_dpo.training.tracking import read_metrics
+from qlora_dpo.training.records.tracking import read_metrics
 
 # (title, series, horizontal line with its label)
 Panel = tuple[str, tuple[str, ...], tuple[float, str] | None]

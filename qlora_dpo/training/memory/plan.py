@@ -6,8 +6,8 @@ from qlora_dpo.config.training import PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import ResourceError
 from qlora_dpo.models.skeleton import Skeleton
 from qlora_dpo.training.data import TrainingData, load_training_data
-from qlora_dpo.training.levels import Lengths, describe, lengths_of, trained_bytes
-from qlora_dpo.training.memory_plan import GIB, MemoryPlan, machine_of, plan_memory, skeleton_of
+from qlora_dpo.training.memory.levels import Lengths, describe, lengths_of, trained_bytes
+from qlora_dpo.training.memory.prediction import GIB, MemoryPlan, machine_of, plan_memory, skeleton_of
 from qlora_dpo.training.optimizers import optimizer_name
 from qlora_dpo.training.schedule import make_schedule
 from qlora_dpo.training.speed import count_flops, rates, work_of_run

@@ -26,14 +26,14 @@ from qlora_dpo.reference.flipped_labels import estimate_flipped
 from qlora_dpo.reference.implicit_rewards import read_scores
 from qlora_dpo.reference.local import Score, reference_score
 from qlora_dpo.reference.store import ModelIdentity, ModelRows, ReferenceStore
+from qlora_dpo.scoring.adapter import NONE, ScoredAdapter, check_fit, open_adapter, tokenizer_of
+from qlora_dpo.scoring.ray_cluster import on_a_worker, ray_workers
+from qlora_dpo.scoring.ray_workers import RayWay
+from qlora_dpo.scoring.reference import load_reference, local_compute
+from qlora_dpo.scoring.report import ScoreReport
+from qlora_dpo.scoring.rows import ScoredRows, refuse_output, worst_lines
 from qlora_dpo.training.data import load_training_data
-from qlora_dpo.training.ray_cluster import on_a_worker, ray_workers
-from qlora_dpo.training.ray_reference import RayWay
-from qlora_dpo.training.reference_commands import load_reference, local_compute
 from qlora_dpo.training.referencing import default_store, identity_by_files, refuse_unusable_store
-from qlora_dpo.training.score_report import ScoreReport
-from qlora_dpo.training.score_rows import ScoredRows, refuse_output, worst_lines
-from qlora_dpo.training.scored_adapter import NONE, ScoredAdapter, check_fit, open_adapter, tokenizer_of
 from qlora_dpo.training.train import load_base_of
 
 REFERENCE, POLICY = "reference", "policy"
