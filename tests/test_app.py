@@ -15,41 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer, with_lora
+from tiny import tiny_model, with_lora
 
-from eval.app import MAX_PROMPT_CHARACTERS, Comparison
 from qlora_dpo.cli import main
 from qlora_dpo.models.lora import save_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    return Comparison(with_lora(tiny_model(), r=8), tiny_tokenizer(), longest_answer=12)
-
-
-def test_answers_differ_between_adapter_off_and_on_and_repeat_with_the_seed(comparison: Comparison) -> None:
-    first = comparison("w7 w8", 8, 0.0, 0)
-    assert first == comparison("w7 w8", 8, 0.0, 0)
-    assert first[0] != first[1]
-    sampled = comparison("w7 w8", 8, 1.0, 3)
-    assert sampled == comparison("w7 w8", 8, 1.0, 3) != comparison("w7 w8", 8, 1.0, 4)
-
-
-def test_before_is_the_base_itself(comparison: Comparison) -> None:
-    model = comparison._model
-    before = comparison("w9", 8, 0.0, 0)[0]
-    with model.disable_adapter():
-        assert comparison("w9", 8, 0.0, 0)[1] == before
-
-
-def test_limits_are_checked_on_the_server(comparison: Comparison) -> None:
-    with pytest.raises(ValueError, match="question"):
-        comparison("  \n", 8, 0.0, 0)
-    with pytest.raises(ValueError, match=str(MAX_PROMPT_CHARACTERS)):
-        comparison("w" * (MAX_PROMPT_CHARACTERS + 1), 8, 0.0, 0)
-    assert all(len(answer.split()) <= 12 for answer in comparison("w7", 10_000, 0.0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +75,14 @@ def test_served_page_answers_twice(server: str) -> None:
     number = next(row["id"] for row in config["dependencies"] if row["api_name"] == "compare")
     body = {"data": ["w7 w8", 8, 0, 0], "fn_index": number, "session_hash": "s"}
     fetch(f"{server}/gradio_api/queue/join", json.dumps(body).encode())
-    with urllib.request.urlopen(f"{server}/gradio_api/queue/data?session_hash=s", timeout=60) as events:
+    with urllib.request.urlopen(f"{server}/gradio_api/queue/data?session_hash=s", timeout=120) as events:
         for line in events:
             if b"process_completed" in line:
                 event = json.loads(line.removeprefix(b"data: "))
                 break
     assert event["success"], event
-    before, after = event["output"]["data"]
-    assert before and after
+    (shown,) = event["output"]["data"]
+    assert shown.count("log-prob") > 2 and "adapter off" in shown
 
 
 def test_missing_adapter_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,17 @@ FONTS = [
 ]
 MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
+COLORS = {
+    "body_background_fill": "page", "body_text_color": "ink", "body_text_color_subdued": "soft",
+    "background_fill_primary": "card", "background_fill_secondary": "page", "block_background_fill": "card",
+    "block_border_color": "rule", "border_color_primary": "rule", "block_label_text_color": "soft",
+    "block_title_text_color": "soft", "input_background_fill": "page", "input_border_color": "rule",
+    "input_background_fill_focus": "page", "input_placeholder_color": "faint",
+    "button_secondary_background_fill": "card",
+    "button_secondary_background_fill_hover": "grid", "button_secondary_border_color": "rule",
+    "button_secondary_text_color": "ink", "color_accent": "c1",
+}  # fmt: skip
+
 
 def build_page(page: Page) -> gr.Blocks:
     """The Gradio page. Texts of models, data and visitors are shown as text, never as HTML."""
@@ -87,6 +98,8 @@ def look() -> dict[str, Any]:
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="gray", font=FONTS, font_mono=MONO, radius_size="lg", text_size="md"
     )
+    colors = {f"{name}{kind}": f"var(--{color})" for name, color in COLORS.items() for kind in ("", "_dark")}
+    theme.set(**colors)
     return {"theme": theme, "head": f"<style>{style()}</style>"}
 
 

@@ -184,4 +184,5 @@ def _pair_line(ballot: Ballot, winner: Winner, key: str, voter: str) -> str:
         "category": ballot.row.category if ballot.row else None,
         "label": {"method": "human", "version": PAGE_VERSION, "time": now(), "key": key, "annotators": [voter]},
     }  # fmt: skip
-    return json.dumps({name: value for name, value in pair.items() if value is not None}, ensure_ascii=False) + "\n"
+    line = json.dumps({name: value for name, value in pair.items() if value is not None}, ensure_ascii=False)
+    return line.encode("utf-8", "replace").decode() + "\n"  # halves of characters cannot be written

@@ -43,7 +43,6 @@ LABELS: dict[str, tuple[str, str]] = {
     "adapter_off": ("adapter off", "适配器关闭"),
     "adapter_on": ("adapter on", "适配器开启"),
     "writing": ("writing …", "生成中……"),
-    "waiting": ("waiting", "等待"),
     "nothing_asked": ("The answer appears here.", "回答将显示在这里。"),
     "empty_answer": ("(empty)", "（空）"),
     "tokens": ("{count} tokens", "{count} 词元"),
@@ -76,8 +75,6 @@ LABELS: dict[str, tuple[str, str]] = {
         "提示中含有不完整的字符（孤立代理项），请删除。",
     ),
     "no_memory": ("The device ran out of memory: ask for a shorter answer.", "显存不足：请缩短回答长度。"),
-    "gone": ("{folder} is not there any more.", "{folder} 已不存在。"),
-    "cannot": ("This did not work: {reason}", "操作失败：{reason}"),
     # blind
     "blind_help": (
         "Which answer is better? Sides are drawn by lot and named after the vote. Keys: 1 left, 2 right, 3 both good, "
@@ -122,7 +119,6 @@ LABELS: dict[str, tuple[str, str]] = {
     "winner_before": ("before", "训练前"),
     "winner_after": ("after", "训练后"),
     "winner_tie": ("tie", "平局"),
-    "method": ("Method", "方法"),
     "order": ("Order", "排序"),
     "order_file": ("as recorded", "记录顺序"),
     "order_longer": ("grew most", "变长最多"),
@@ -152,7 +148,6 @@ LABELS: dict[str, tuple[str, str]] = {
         "No merge has been measured yet: the command below merges, and measures what it changes.",
         "尚无合并结果：下面的命令会进行合并并测量差异。",
     ),
-    "verdicts": ("Verdicts", "评判"),
 }  # fmt: skip
 
 

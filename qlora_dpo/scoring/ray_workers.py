@@ -29,6 +29,7 @@ from qlora_dpo.scoring.served import MOST_REFUSED
 PART = 128  # pairs that a worker gets at once, at most
 PARTS = 4  # of a worker at least, so that all end at about the same time
 SAMPLE = 256  # pairs by which a worker chooses its layout and measures its memory
+DEATHS = 3  # of workers in a row while they load their models: killed, or on a node that goes away
 PATIENCE = 2 * 60 * 60.0  # seconds in which no part comes back: a download, a slow machine; or workers that only die
 
 MakeWay = Callable[[Sequence[Any]], Way]
@@ -78,6 +79,7 @@ class RayWay:
         dataset = ray.data.from_arrow([self._table(part) for part in parts])
         context = dataset.context
         context.enable_progress_bars = context.print_on_execution_start = False
+        context.max_consecutive_actor_init_deaths = DEATHS
         # A part is given to another worker as often as one dies over it; this is the end of that.
         context.execution_no_progress_timeout_s = PATIENCE
         return dataset.map_batches(

@@ -8,13 +8,14 @@ import shutil
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comparisons import row
 
-from eval.answers import AnswerFile, Row, Verdict, VerdictFile
+from eval.answers import ANSWERS, AnswerFile, Row
 from eval.app import launch
 from eval.page.answers import Comparison
 from eval.page.build import build_page
@@ -28,13 +29,13 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 PATIENT = 60_000  # milliseconds: the machine may be busy
 
 
-def make_comparison(folder: Path, rows: Sequence[Row] | None = None, verdicts: Sequence[Verdict] = ()) -> Path:
+def make_comparison(folder: Path, rows: Sequence[Row] | None = None) -> Path:
     """The folder of a comparison, by default of three prompts."""
     if rows is None:
         rows = [row(number, f"before {number}", f"after {number}", category=f"c{number % 2}") for number in range(3)]
-    AnswerFile(folder, {"adapter": "a"}).add(*rows)
-    if verdicts:
-        VerdictFile(folder).add(*verdicts)
+    AnswerFile(folder, {"adapter": "a"})
+    with (folder / ANSWERS).open("a") as file:  # rows that hold half of a character too
+        file.writelines(json.dumps(asdict(one)) + "\n" for one in rows)
     return folder
 
 

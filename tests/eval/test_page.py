@@ -58,7 +58,7 @@ class Seen(HTMLParser):
 
 def seen(markup: str) -> Seen:
     found = Seen()
-    found.feed(markup)
+    found.feed(str(markup))
     return found
 
 
@@ -103,7 +103,20 @@ def test_every_label_has_the_same_places_in_both_languages() -> None:
 
 def test_every_label_is_used() -> None:
     code = "".join(path.read_text() for path in (ROOT / "eval" / "page").glob("*.py") if path.name != "words.py")
-    made = ("vote_", "winner_", "order_", "export_", "command_", "tab_", "is_", "pick", "adapter_o", "before", "after")
+    made = (
+        "vote_",
+        "winner_",
+        "order_",
+        "export_",
+        "command_",
+        "tab_",
+        "is_",
+        "pick",
+        "adapter_o",
+        "before",
+        "after",
+        "logp",
+    )
     unused = [name for name in LABELS if f'"{name}"' not in code and not name.startswith(made)]
     assert unused == []
 

@@ -1,6 +1,6 @@
 """Log-probs from a real vLLM server against those of the same bfloat16 model here. Opt-in:
 
-python tests/reference/test_real_vllm.py MODEL_DIR          makes a small LLaMA with LLaMA's tokenizer
+PYTHONPATH=. python tests/reference/test_real_vllm.py MODEL_DIR   makes a small LLaMA with LLaMA's tokenizer
 vllm serve MODEL_DIR --served-model-name m --dtype bfloat16 --port 8000
 QLORA_DPO_VLLM_URL=http://127.0.0.1:8000/v1 QLORA_DPO_VLLM_MODEL=MODEL_DIR pytest -s tests/reference/test_real_vllm.py
 """

@@ -41,20 +41,25 @@ def telling_pids(pairs: Sequence[Any]) -> Way:
     return _way(compute)
 
 
-def dying_and_refusing(mark: Path, pairs: Sequence[Any]) -> Way:
-    """Kills its process with the first deadly pair; computes all others but some, as servers do with rows that are too
-    long."""
+def dying_and_refusing(marks: Path, pairs: Sequence[Any]) -> Way:
+    """Kills its process when it is made, and again with the first deadly pair; computes all others but some, as servers
+    do with rows that are too long."""
     inner = telling_pids(pairs).compute
 
-    def compute(places: Sequence[int], keep: Keep) -> None:
-        if any(pairs[place].prompt_ids[0] == DEADLY for place in places) and not mark.exists():
+    def die_once(mark: Path) -> None:
+        if not mark.exists():
             mark.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def compute(places: Sequence[int], keep: Keep) -> None:
+        if any(pairs[place].prompt_ids[0] == DEADLY for place in places):
+            die_once(marks / "working")
         good = [place for place in places if pairs[place].prompt_ids[0] != REFUSED]
         inner(good, keep)
         if len(good) < len(places):
             raise DataError(f"{len(places) - len(good)} answers have no log-probs")
 
+    die_once(marks / "loading")
     return _way(compute)
 
 

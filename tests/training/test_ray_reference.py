@@ -159,14 +159,14 @@ def test_two_workers_fill_a_shard_with_the_values_of_one_process(
 
 @NEEDS_RAY
 @pytest.mark.slow
-def test_neither_a_killed_worker_nor_a_refused_row_loses_a_pair(cluster: str, tmp_path: Path) -> None:
+def test_neither_killed_workers_nor_a_refused_row_lose_a_pair(cluster: str, tmp_path: Path) -> None:
     pairs = made_pairs(60, {30: ray_ways.DEADLY, 3: ray_ways.REFUSED, 50: ray_ways.REFUSED})
-    mark = tmp_path / "died"
     found: dict[bytes, Logps] = {}
     with pytest.raises(DataError, match=r"1 answers have no log-probs\n1 more parts"):
-        compute(partial(ray_ways.dying_and_refusing, mark), pairs, found)
+        compute(partial(ray_ways.dying_and_refusing, tmp_path), pairs, found)
     assert found.keys() == all_keys([pair for pair in pairs if pair.prompt_ids[0] != ray_ways.REFUSED])
-    assert int(mark.read_text()) not in {int(-found[key][0]) for key in keys_of(pairs[30])}
+    killed = int((tmp_path / "working").read_text())
+    assert killed not in {int(-found[key][0]) for key in keys_of(pairs[30])} and (tmp_path / "loading").exists()
 
 
 @NEEDS_RAY
