@@ -106,7 +106,7 @@ def test_measured_numbers_are_those_of_the_results() -> None:
     assert f"{median:.0f} s (217 M)" in text and round(startup["parameters"] / 1e6) == 217
     slowest = max(max(seconds) for seconds in startup["help_seconds"].values())
     assert slowest < 1.0 and median < 20
-    for workload in ("multi_turn", "belle"):
+    for workload in ("multi_turn", "belle", "long_prompt", "vocabulary_152k"):
         against_trl = json.loads((ROOT / f"benchmarks/results/vs_trl_{workload}.json").read_text())
         for row in against_trl["rows"]:
             reading = read_row(row, against_trl)

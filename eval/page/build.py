@@ -44,7 +44,7 @@ COLORS = {
     "input_background_fill_focus": "page", "input_placeholder_color": "faint",
     "button_secondary_background_fill": "card",
     "button_secondary_background_fill_hover": "grid", "button_secondary_border_color": "rule",
-    "button_secondary_text_color": "ink", "color_accent": "c1",
+    "button_secondary_text_color": "ink",
 }  # fmt: skip
 
 
