@@ -26,6 +26,8 @@ LEFT_ALONE = 15.0  # seconds without anybody who reads on, after which a visitor
 SCORED_TOKENS = 8192
 
 Ended = Literal["stop", "length", "time"]
+Written = tuple["Answer", tuple[int, ...]]
+"""An answer with its ids."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Comparison:
         """
         asked = replace(asked, max_new_tokens=min(asked.max_new_tokens, self.longest_answer))
         ids = self._prompts.render_prompt_ids(asked.prompt)
-        before, after = (Answer(), ()), (Answer(), ())
+        before: Written = (Answer(), ())
+        after: Written = (Answer(), ())
         for before in self._write(ids, asked, is_reference=True):
             yield before[0], after[0]
         for after in self._write(ids, asked, is_reference=False):

@@ -112,7 +112,7 @@ def style() -> str:
     )
     rest = report.partition("* { box-sizing")[2]
     scoped = f".report {{ * {{ box-sizing{rest} }}"
-    return f"body {{{light}}}\nbody.dark {{{dark}}}\n{scoped}\n{STYLE.read_text(encoding='utf-8')}"
+    return f":root {{{light}}}\nbody.dark {{{dark}}}\n{scoped}\n{STYLE.read_text(encoding='utf-8')}"
 
 
 def _head(page: Page) -> Markup:

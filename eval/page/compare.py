@@ -50,7 +50,7 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
         [ask.click, prompt.submit], answer, inputs, [answers], api_name="compare", concurrency_id=MODEL_QUEUE,
         concurrency_limit=1, show_progress="minimal",
     )  # fmt: skip
-    stop.click(None, None, None, cancels=[asking], api_name=False)
+    stop.click(None, None, None, cancels=[asking])
 
     def picked(number: Any) -> str:
         pick = _pick(page, number)

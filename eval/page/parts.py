@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,3 @@ def _empty(words: Words, is_turn: bool) -> Markup:
 def light(**more: Any) -> dict[str, Any]:
     """How an event runs that needs no model: at once, past the queue."""
     return {"queue": False, "show_progress": "hidden", **more}
-
-
-Shown = Callable[..., Any]

@@ -39,7 +39,7 @@ class Pick:
         """One line."""
         line = " ".join(self.text.split())
         line = line if len(line) <= _LABEL else line[:_LABEL] + "…"
-        return f"{self.category} · {line}" if self.category else line
+        return f"{showable(self.category)} · {line}" if self.category else line
 
 
 class PromptList:

@@ -33,8 +33,16 @@ DATA, RELEASE = ("data",), ("verdicts", "merge")
 # Only sections that the report made are in it: texts are escaped there, so none can hold such an end.
 _SECTION = re.compile(r'<section[^>]* id="(\w+)">.*?</section>', re.DOTALL)
 _HEADER = re.compile(r'<div class="tiles">.*?</div>\s*<nav>', re.DOTALL)
-# The report's script fills legends while one points at a chart; it must run again on new charts.
-READ_CHARTS = "() => {{ setTimeout(() => {{ {} }}, 150); }}"
+# The report's script fills legends while one points at a chart. Here charts come later: with their tab, and anew while
+# the run goes on.
+READ_CHARTS = """() => {
+  const read = () => {
+    if (!document.querySelector("figure.chart:not(.read)")) return;
+    %s
+  };
+  new MutationObserver(read).observe(document.body, {childList: true, subtree: true});
+  read();
+}"""
 
 
 class Sections:
@@ -92,8 +100,7 @@ def training_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
         return [now, _training(sections, words)]
 
     gr.on([blocks.load, timer.tick], read, [seen], [seen, shown], **light(api_name="training"))
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8").removeprefix('"use strict";')
-    shown.change(None, None, None, js=READ_CHARTS.format(script))
+    blocks.load(None, None, None, js=READ_CHARTS % _script())
 
 
 def data_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
@@ -125,6 +132,13 @@ def release_tab(page: Page, sections: Sections, blocks: gr.Blocks) -> None:
             command, label=words(name), interactive=False, buttons=["copy"], elem_classes="command", lines=1,
             elem_id=name.replace("_", "-"),
         )  # fmt: skip
+
+
+def _script() -> str:
+    """The report's script, for charts that it has not seen."""
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8").removeprefix('"use strict";')
+    script = script.replace('querySelectorAll("figure.chart")', 'querySelectorAll("figure.chart:not(.read)")')
+    return script.replace("const svg =", 'chart.classList.add("read");\n  const svg =', 1)
 
 
 def _merged(adapter: str) -> str:

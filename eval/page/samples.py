@@ -15,7 +15,7 @@ from markupsafe import Markup
 from eval.answers import WINNERS, Row, Verdict
 from eval.page.parts import Page, light, recorded_card, sentences, side_by_side
 from eval.page.source import Recorded
-from eval.page.text import block, chips, notice, plain
+from eval.page.text import block, chips, notice, plain, showable
 from eval.page.words import Words
 
 PER_PAGE = 10
@@ -66,7 +66,7 @@ class Filter:
         found = [
             row
             for row in recorded.rows
-            if (not self.category or (row.category or "") == self.category)
+            if (not self.category or showable(row.category or "") == self.category)
             and (not self.winner or any(verdict.winner == self.winner for verdict in said.get(row.id, ())))
             and (not needle or needle in "\n".join((plain(row.prompt), row.before.text, row.after.text)).casefold())
         ]
@@ -96,7 +96,7 @@ def samples_tab(page: Page, blocks: gr.Blocks) -> None:
         following = gr.Button(words("following"), elem_id="samples-next", min_width=110)
         saving = {name: gr.Button(words(f"export_{name}"), min_width=110, elem_id=f"samples-{name}") for name in SAVED}
     content = gr.Textbox(visible=False)
-    wanted = [search, category, winner, order]
+    wanted: list[Any] = [search, category, winner, order]
 
     def show(move: int | None, place: int, *values: Any) -> list[Any]:
         with sentences(words):
@@ -111,7 +111,7 @@ def samples_tab(page: Page, blocks: gr.Blocks) -> None:
 
     def categories() -> Any:
         with sentences(words):
-            names = sorted({row.category for row in page.source.recorded().rows if row.category})
+            names = sorted({showable(row.category) for row in page.source.recorded().rows if row.category})
         return gr.update(choices=[(words("any"), ""), *((name, name) for name in names)])
 
     outputs = [number, shown, previous, following]
@@ -158,9 +158,11 @@ def _page(rows: Sequence[Row], place: int, recorded: Recorded, words: Words) -> 
 
 def _row(row: Row, verdicts: Sequence[Verdict], words: Words) -> Markup:
     tones = {"after": "ok", "before": "bad", "tie": ""}
-    said: list[str | Markup] = [row.category] if row.category else []
+    said: list[str | Markup] = [showable(row.category)] if row.category else []
     said += [
-        Markup('{}: <b class="{}">{}</b>').format(one.method, tones[one.winner], words(f"winner_{one.winner}"))
+        Markup('{}: <b class="{}">{}</b>').format(
+            showable(one.method), tones[one.winner], words(f"winner_{one.winner}")
+        )
         for one in verdicts
     ]
     head = block(plain(row.prompt), "prompt") + (chips(said) if said else Markup(""))

@@ -16,6 +16,7 @@ from qlora_dpo.models.loading import (
     CPU_BLOCK,
     check_local_weights,
     choose_device,
+    commit_of,
     load_config,
     load_tokenizer,
     refuse_hidden_adapter,
@@ -175,4 +176,4 @@ def _refuse_wrong_blocks(name: str, model: Any) -> None:
 
 def _weights_of(name: str, config: Any) -> str:
     folder = Path(name).expanduser()
-    return weights_fingerprint(folder) if folder.is_dir() else str(getattr(config, "_commit_hash", None))
+    return weights_fingerprint(folder) if folder.is_dir() else str(commit_of(config))

@@ -99,9 +99,25 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
             f"{name}: the folder holds no config.json, so it is not a model. Name the folder that has one."
         )
     try:
-        return AutoConfig.from_pretrained(name, **_source(revision, trust_remote_code))
+        config = AutoConfig.from_pretrained(name, **_source(revision, trust_remote_code))
     except Exception as error:
         raise _loading_error("model", name, revision, error) from error
+    _note_commit(config, name, revision)
+    return config
+
+
+def commit_of(config: Any) -> str | None:
+    """The commit of the Hub model whose config `load_config` gave; None for a folder's."""
+    return getattr(config, "_commit_hash", None)
+
+
+def _note_commit(config: Any, name: str, revision: str | None) -> None:
+    """Keep the commit in the config, which transformers did until 5.22: the cache names its folder by it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if commit_of(config) is None and not Path(name).expanduser().is_dir():
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        config._commit_hash = Path(found).parent.name if isinstance(found, str) else None
 
 
 def model_on_meta(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -109,7 +125,7 @@ def model_on_meta(config: Any, trust_remote_code: bool = False, **options: Any) 
     from transformers import AutoModelForCausalLM
 
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        options["code_revision"] = config._commit_hash  # transformers would take the newest code
+        options["code_revision"] = commit_of(config)  # transformers would take the newest code
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 

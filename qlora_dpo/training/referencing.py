@@ -14,7 +14,7 @@ import torch
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.data.packing import Pair
 from qlora_dpo.errors import ModelError, StorageError, UsageError
-from qlora_dpo.models.loading import load_config
+from qlora_dpo.models.loading import commit_of, load_config
 from qlora_dpo.models.scoring import NOISE_MARGIN, TOLERANCE, Scorer
 from qlora_dpo.reference.drift import Drift, drift_between, refuse_drift
 from qlora_dpo.reference.identity import cache_folder, differences, local_identity
@@ -84,7 +84,7 @@ def identity_of_reference(options: ModelOptions, base: Any) -> ModelIdentity:
     is_adapter = options.reference_model not in (None, options.model_name_or_path)
     return local_identity(
         name,
-        commit=getattr(getattr(base, "config", base), "_commit_hash", None) or options.model_revision,
+        commit=commit_of(getattr(base, "config", base)) or options.model_revision,
         quantization=quantization_of(options),
         dtype="float32" if options.dtype == "float32" else "bfloat16",
         adapter=Path(str(options.reference_model)).expanduser() if is_adapter else None,

@@ -20,7 +20,7 @@ from qlora_dpo.errors import StorageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
-from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer, out_of_memory
+from qlora_dpo.models.loading import choose_device, commit_of, load_base, load_tokenizer, out_of_memory
 from qlora_dpo.models.lora import (
     POLICY,
     add_adapter,
@@ -178,7 +178,7 @@ def load_policy(config: TrainConfig, device: torch.device) -> Any:
     # What a reader of adapter_config.json needs to find this base again: a Hub id with its commit, or a full path.
     is_local = Path(name).is_dir()
     model.peft_config[POLICY].base_model_name_or_path = str(Path(name).resolve()) if is_local else name
-    model.peft_config[POLICY].revision = None if is_local else getattr(base.config, "_commit_hash", None)
+    model.peft_config[POLICY].revision = None if is_local else commit_of(base.config)
     return model
 
 

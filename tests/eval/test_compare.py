@@ -18,7 +18,7 @@ from comparisons import row
 from tiny import tiny_model, tiny_tokenizer, with_lora
 
 from eval import compare as compare_module
-from eval.answering import Asked, answer_all
+from eval.answering import Asked, Both, Way, answer_all
 from eval.answers import Row, read_answers, read_summary
 from eval.cli import main
 from eval.prompts import BUILT_IN_FILE
@@ -26,6 +26,7 @@ from qlora_dpo.cli import main as train_main
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.errors import ResourceError
 from qlora_dpo.labeling.prompts import PromptRow
+from qlora_dpo.models.generation import complete
 from qlora_dpo.models.lora import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,6 +162,23 @@ def test_before_is_the_frozen_reference_where_the_run_had_one(
     code, said = compare(adapter=run)
     assert code == 0, said
     check(Plain(model_folder, run, adapter), read_answers(tmp_path / "out")[1], beta=0.3)
+
+
+def test_the_end_token_belongs_to_the_answer() -> None:
+    model, tokenizer, prompt = with_lora(tiny_model()).eval(), tiny_tokenizer(), [1, 17, 18, 5]
+    ask: dict[str, Any] = {"max_new_tokens": LONGEST, "temperature": 0.0}
+    (whole,) = complete(model, tokenizer, [prompt], [0], end_token_ids=[2], **ask)
+    assert (whole.finish_reason, len(whole.ids)) == ("length", LONGEST)
+    end = whole.ids[4]
+    written = list(whole.ids[: whole.ids.index(end) + 1])
+    (one,) = Both(model, tokenizer, Way(LONGEST, 0.0, end, 0.1), prompt)(
+        [Asked("a", PromptRow(0, "w17 w18"), None, prompt, 0, None)]
+    )
+    assert (one.after.finish_reason, one.after.tokens) == ("stop", len(written))
+    ids = torch.tensor([[*prompt, *written]])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
+    assert one.after.logp == pytest.approx(float(logps[len(prompt) - 1 :].sum()), abs=1e-4)
 
 
 def test_drawn_answers_depend_on_their_seed_alone(compare: Any, tmp_path: Path) -> None:

@@ -26,7 +26,12 @@ from eval.page.limits import MAX_PROMPT_CHARACTERS, MAX_WAITING
 from eval.page.source import Source, recorded_source
 from qlora_dpo.labeling.records import load_candidates
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Gradio leaves the socket open with which it looked for a free port.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +171,14 @@ def test_votes(found: Any, address: str, run: Path) -> None:
     page.click("#label-3")
     page.wait_for_selector("#blind-standing >> text=2 votes")
     assert len(load_candidates(str(run / "compare" / "votes.jsonl"))) == 1
+    page.keyboard.press("s")
+    page.wait_for_selector("#label-1:not([disabled])")
     open_tab(page, 0)  # where keys do not vote
     page.locator("header.top").click()
-    page.keyboard.press("s")
-    assert (
-        "2 votes" in page.locator("#blind-standing").inner_text(timeout=1000)
-        if page.locator("#blind-standing").count()
-        else True
-    )
+    page.keyboard.press("1")
+    open_tab(page, 1)
+    page.wait_for_timeout(300)
+    assert "2 votes" in page.locator("#blind-standing").inner_text()
 
 
 def test_live_curves(found: Any, address: str, run: Path) -> None:

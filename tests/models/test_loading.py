@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import sentencepiece
@@ -33,3 +36,20 @@ def test_base_is_loaded_without_its_own_dropout(tmp_path: Path) -> None:
     assert not has_dropout(base)
     ids = torch.tensor([[1, 5, 6]])
     assert torch.equal(base.train()(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_the_commit_of_a_hub_model_is_known(model_folder: Path, tmp_path: Path) -> None:
+    """A continued run compares it, and an adapter names it."""
+    commit, repository = "0123456789" * 4, tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(model_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "import torch; from qlora_dpo.models.loading import commit_of, load_base, load_config\n"
+        "print(commit_of(load_config('somebody/tiny')))\n"
+        "print(commit_of(load_base('somebody/tiny', device=torch.device('cpu')).config))\n"
+        f"print(commit_of(load_config({str(model_folder)!r})))"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [commit, commit, "None"], done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_dpo.config.training import ModelOptions, TrainConfig
 from qlora_dpo.errors import StorageError
-from qlora_dpo.models.loading import load_config
+from qlora_dpo.models.loading import commit_of, load_config
 from qlora_dpo.training.data import TrainingData
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14  # of each weights file: enough to notice other weights, at once also on a slow disk
@@ -36,7 +36,7 @@ def base_fingerprint(model: ModelOptions) -> str:
     if Path(base).expanduser().is_dir():
         return weights_fingerprint(Path(base).expanduser())
     loaded = load_config(base, model.model_revision, model.trust_remote_code)
-    return str(getattr(loaded, "_commit_hash", None))
+    return str(commit_of(loaded))
 
 
 def weights_fingerprint(folder: Path) -> str:
