@@ -151,7 +151,7 @@ def _quantize(base: Any, quantization: dict[str, Any], dtype: torch.dtype) -> No
     """Put bitsandbytes' layers where loading would put them."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**quantization), pre_quantized=False)
     quantizer.preprocess_model(model=base, device_map=None)

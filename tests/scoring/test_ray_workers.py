@@ -22,8 +22,8 @@ import pyarrow as pa
 import pytest
 from openai_server import OpenAIServer
 from openai_server import made_up as made_up_logps
+from scoring import ray_ways
 from tiny import IdPair, random_pairs, tiny_model, with_lora
-from training import ray_ways
 
 from qlora_dpo.cli import main
 from qlora_dpo.config.reference import RayOptions
