@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
+from eval import texts
 from qlora_dpo.data.preferences import Message
-from qlora_dpo.redaction import redacted
 
 LONGEST = 20_000  # characters of a text that are shown
-# Controls but tab and line feed, marks that turn the direction of writing, halves of surrogate pairs.
-_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 def showable(text: str, longest: int = LONGEST) -> str:
-    """The text without what a browser may not show, without keys and passwords, not longer than so many characters."""
-    text = text if len(text) <= longest else text[:longest] + "…"
-    return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", redacted(text.replace("\r\n", "\n")))
+    """As in the report, but longer."""
+    return texts.showable(text, longest)
 
 
 def plain(prompt: str | Sequence[Message]) -> str:

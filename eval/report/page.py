@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +19,8 @@ from eval.report.run import Run, number
 from eval.report.samples import sample_groups
 from eval.report.svg import Chart, draw, is_logarithmic, short, sparkline
 from eval.report.words import Language, words_in
+from eval.texts import showable
 from qlora_dpo import __version__
-from qlora_dpo.redaction import redacted
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_SETTINGS = (
@@ -32,8 +31,6 @@ SHOWN_SETTINGS = (
 )  # fmt: skip
 LONGEST = 2000  # characters of any text, such as a name; answers are cut earlier, with a word about it
 # What a browser may not show, or shows as something else: controls but tab and line feed, marks that turn the direction
-# of writing, halves of surrogate pairs.
-_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]")
 
 Words = Callable[..., str]
 
@@ -78,8 +75,7 @@ def _showable(found: Any) -> Any:
     """A text without what a browser may not show, without keys, not longer than all; the page's own markup as it is."""
     if not isinstance(found, str) or isinstance(found, Markup):
         return found
-    text = _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", redacted(found).replace("\r\n", "\n"))
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return showable(found, LONGEST)
 
 
 def _hash(text: str) -> str:
