@@ -219,9 +219,14 @@ def prepare(
         weight_decay=options.weight_decay,
     )
     prompts = list({tuple(data.pairs[index].prompt_ids): None for index in data.held_out})[:SAMPLE_PROMPTS]
+    mirrors = start_trackers(
+        options.report_to, run.path, options.run_name or run.path.name, config.flat(), run_id=run_id
+    )
+    recorder = Recorder(run.metrics, mirrors)
     samples = SamplePrinter(
         engine.model, tokenizer, prompts if options.sample_generate else [], run.path / SAMPLES,
         max_new_tokens=options.max_new_tokens, end_id=pair_tokenizer(config, tokenizer).end_id, pause=stop.check,
+        mirror=recorder.show_samples,
     )  # fmt: skip
     return Training(
         run=run,
@@ -236,12 +241,7 @@ def prepare(
             warmup_ratio=options.warmup_ratio,
             total_steps=schedule.total_steps,
         ),
-        recorder=Recorder(
-            run.metrics,
-            start_trackers(
-                options.report_to, run.path, options.run_name or run.path.name, config.flat(), run_id=run_id
-            ),
-        ),
+        recorder=recorder,
         stop=stop,
         show_samples=samples,
         has_dropout=has_dropout(engine.model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,7 @@ class Told:
     def __init__(self, **at: Callable[..., None]) -> None:
         self.at = at
         self.lines: list[tuple[int, dict[str, float]]] = []
+        self.samples: list[tuple[int, list[dict[str, Any]]]] = []
         self.is_finished = False
 
     def start(self) -> Told:
@@ -61,6 +64,9 @@ class Told:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.append((step, metrics))
         self.at.get("log", lambda *_: None)(step)
+
+    def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        self.samples.append((step, samples))
 
     def finish(self) -> None:
         self.at.get("finish", lambda: None)()
@@ -172,6 +178,7 @@ def test_tracker_that_is_not_installed_is_refused_before_any_starts(
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
+from typing import Any
 from qlora_dpo.training.records.trackers import start_trackers
 from qlora_dpo.training.records.tracking import Recorder
 folder = Path(sys.argv[1])
@@ -256,3 +263,39 @@ def test_wandb_run_keeps_its_id_over_two_processes(tmp_path: Path) -> None:
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all(run.name.endswith("-a1b2c3") for run in runs)
     assert all(list(run.glob("*.wandb")) for run in runs)
+
+
+SAMPLES = [{"step": 4, "prompt": f"p{number}", "before": "no", "after": "<b>yes</b>"} for number in range(2)]
+
+
+def test_trackers_get_the_samples_of_an_evaluation(tmp_path: Path) -> None:
+    told = Told()
+    recorder = Recorder(tmp_path / "metrics.jsonl", [Mirror("told", told.start)])
+    recorder.log(4, {"loss": 0.5})
+    recorder.show_samples(4, SAMPLES)
+    recorder.finish()
+    assert (told.lines, told.samples) == ([(4, {"loss": 0.5})], [(4, SAMPLES)])
+
+
+@pytest.mark.slow
+def test_samples_are_a_table_in_wandb_and_texts_in_tensorboard(tmp_path: Path) -> None:
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from qlora_dpo.training.records.trackers import start_trackers\n"
+        "from qlora_dpo.training.records.tracking import Recorder\n"
+        "folder = Path(sys.argv[1])\n"
+        "mirrors = start_trackers(['wandb', 'tensorboard'], folder, 'run', {})\n"
+        "recorder = Recorder(folder / 'metrics.jsonl', mirrors)\n"
+        "recorder.log(4, {'loss': 0.5}); recorder.show_samples(4, json.loads(sys.argv[2])); recorder.finish()"
+    )
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    environment.pop("WANDB_SERVICE", None)
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps(SAMPLES)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "no longer told" not in done.stderr, done.stderr
+    (table,) = tmp_path.glob("wandb/**/media/table/samples*.json")
+    written = json.loads(table.read_text())
+    assert written["columns"] == ["step", "prompt", "before", "after"]
+    assert written["data"] == [[4, "p0", "no", "<b>yes</b>"], [4, "p1", "no", "<b>yes</b>"]]
+    (events,) = tmp_path.glob("tensorboard/events*")
+    assert b"after: <b>yes</b>" in events.read_bytes()

@@ -129,6 +129,9 @@ class Broken:
         if self.lines == 2:
             raise ConnectionError("no route")
 
+    def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        raise AssertionError("there are none")
+
     def finish(self) -> None:
         raise AssertionError("a dropped mirror is told nothing more")
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from qlora_dpo.redaction import redacted
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
+Samples = list[dict[str, Any]]
+"""Rows of samples.jsonl."""
 Result = TypeVar("Result")
 
 
@@ -28,6 +30,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Show one line of metrics.jsonl."""
+
+    def show_samples(self, step: int, samples: Samples) -> None:
+        """Show the answers of one evaluation."""
 
     def finish(self) -> None:
         """Flush and close."""
@@ -59,7 +64,7 @@ class Mirror:
         self.name = name
         self.limits = limits or Limits()
         self._release = release
-        self._lines: SimpleQueue[tuple[int, Metrics] | None] = SimpleQueue()
+        self._lines: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
         self._called_at: float | None = None
         self._is_over, self._has_dropped = False, False
         self._lock = Lock()
@@ -68,13 +73,22 @@ class Mirror:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Queue one line."""
+        own = dict(metrics)
+        self._queue(lambda tracker: tracker.log(step, own))
+
+    def show_samples(self, step: int, samples: Samples) -> None:
+        """Queue the answers of one evaluation."""
+        own = [dict(sample) for sample in samples]
+        self._queue(lambda tracker: tracker.show_samples(step, own))
+
+    def _queue(self, line: Callable[[Tracker], None]) -> None:
         called_at = self._called_at
         if called_at is not None and time.monotonic() - called_at > self.limits.call_seconds:
             self._give_up(f"has not answered for {self.limits.call_seconds:g} seconds")
         if self._is_over:
             return
         if self._lines.qsize() < self.limits.waiting_lines:
-            self._lines.put((step, dict(metrics)))
+            self._lines.put(line)
         elif not self._has_dropped:
             self._has_dropped = True
             logger.warning("%s is slower than the run and misses lines; metrics.jsonl has them all.", self.name)
@@ -93,7 +107,7 @@ class Mirror:
         try:
             tracker = self._timed(start)
             while not self._is_over and (line := self._lines.get()) is not None:
-                self._timed(partial(tracker.log, *line))
+                self._timed(partial(line, tracker))
             if not self._is_over:
                 self._timed(tracker.finish)
         except BaseException as error:  # also SystemExit, with which libraries end what they take for their program

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_dpo.errors import UsageError
 from qlora_dpo.redaction import redacted
-from qlora_dpo.training.records.mirrors import Limits, Metrics, Mirror, Tracker
+from qlora_dpo.training.records.mirrors import Limits, Metrics, Mirror, Samples, Tracker
 
 WANDB_FINISH_SECONDS = 5.0  # below what a mirror has for it, so that wandb itself says how to upload the rest
 
@@ -66,6 +66,13 @@ class WandbTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(metrics, step=step)
 
+    def show_samples(self, step: int, samples: Samples) -> None:
+        import wandb
+
+        columns: list[str | int] = list(samples[0])
+        table = wandb.Table(columns=columns, data=[list(sample.values()) for sample in samples])
+        self._run.log({"samples": table}, step=step)
+
     def finish(self) -> None:
         self._run.finish()
 
@@ -93,6 +100,11 @@ class TensorBoardTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def show_samples(self, step: int, samples: Samples) -> None:
+        for number, sample in enumerate(samples):
+            words = "".join(f"    {name}: {text}\n" for name, text in sample.items())  # indented: shown as it is
+            self._writer.add_text(f"samples/{number}", words, step)
 
     def finish(self) -> None:
         self._writer.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_dpo.errors import StorageError
 from qlora_dpo.training.folder.run_folder import write_atomically
-from qlora_dpo.training.records.mirrors import Metrics, Mirror, finish_mirrors
+from qlora_dpo.training.records.mirrors import Metrics, Mirror, Samples, finish_mirrors
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ class Recorder:
         self._write()
         for mirror in self._mirrors:
             mirror.log(step, metrics)
+
+    def show_samples(self, step: int, samples: Samples) -> None:
+        """Tell the mirrors what samples.jsonl got."""
+        for mirror in self._mirrors:
+            mirror.show_samples(step, samples)
 
     def finish(self) -> None:
         """Try once more to write what the disk refused, and close the mirrors, waiting a few seconds at most."""
