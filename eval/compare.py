@@ -33,7 +33,7 @@ from qlora_dpo.scoring.adapter import ScoredAdapter, check_fit, open_adapter, to
 from qlora_dpo.training.folder.content import base_fingerprint, weights_fingerprint
 from qlora_dpo.training.train import load_base_of
 
-LONGEST_PROMPT = 1024  # tokens, for an adapter of no run
+LONGEST_PROMPT, LONGEST_ANSWER = 1024, 256  # tokens, for an adapter of no run
 _OF_MODEL = {option.name for option in fields(ModelOptions)}
 
 
@@ -90,7 +90,7 @@ def ask(adapter: ScoredAdapter, options: CompareOptions, tokenizer: Any, setting
     """
     found = prompt_sources.load(options, adapter.settings, tokenizer)
     ids, end_id, refused, truncated = render(
-        tokenizer, found.rows, settings["max_prompt_length"], options.max_new_tokens
+        tokenizer, found.rows, settings["max_prompt_length"], settings["max_new_tokens"]
     )
     report_refused(found.source, refused, len(ids), options.bad_rows)
     if found.chosen:
@@ -127,7 +127,7 @@ def settings_of(adapter: ScoredAdapter, config: TrainConfig, options: CompareOpt
         "prompt_template": config.data.prompt_template,
         "beta": config.loss.beta,
         "temperature": options.temperature,
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": options.max_new_tokens or adapter.settings.get("max_new_tokens", LONGEST_ANSWER),
         "max_prompt_length": options.max_prompt_length or longest,
         "max_prompts": options.max_prompts,
         "seed": options.seed,
@@ -189,7 +189,7 @@ def _answer(
     model: Any, tokenizer: Any, asked: Questions, file: AnswerFile, options: CompareOptions, beta: float
 ) -> None:
     """Fill the file."""
-    way = Way(options.max_new_tokens, options.temperature, asked.end_id, beta)
+    way = Way(asked.settings["max_new_tokens"], options.temperature, asked.end_id, beta)
     both = Both(model, tokenizer, way, asked.prompts[0].ids)
     for rows in answer_all(both, asked.prompts, set(file.rows), options.batch_size):
         file.add(*rows)

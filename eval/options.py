@@ -50,8 +50,8 @@ class CompareOptions:
     """Run on the CPU although there is a GPU."""
     temperature: float = 0.0
     """0 takes the likeliest token, 1 draws from the model's own distribution."""
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens. Default: that of the run's --sample_generate; 256 for an adapter of no run."""
     seed: int = 42
     """Every prompt has its own seed, made of this one and its row; both answers to it are drawn by the same."""
     max_prompts: int | None = None
