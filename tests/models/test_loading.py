@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import torch
 from tiny import tiny_config, tiny_model
@@ -38,6 +39,7 @@ def test_base_is_loaded_without_its_own_dropout(tmp_path: Path) -> None:
     assert torch.equal(base.train()(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_the_commit_of_a_hub_model_is_known(model_folder: Path, tmp_path: Path) -> None:
     """A continued run compares it, and an adapter names it."""
     commit, repository = "0123456789" * 4, tmp_path / "hub" / "models--somebody--tiny"

@@ -80,6 +80,7 @@ def completions_of(file: Path) -> int:
     )
 
 
+@pytest.mark.slow
 def test_a_store_is_filled_once_and_a_run_takes_it_as_its_reference(
     model_folder: Path, pairs_file: Path, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
