@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a process whose disk is full would leave half a .pyc for all others
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
