@@ -125,6 +125,7 @@ def test_largest_difference_looks_at_every_step_of_every_run() -> None:
     assert largest_difference([[0.7, 0.5]], [[0.7, 0.5], [0.7, 0.75]]) == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_a_process_does_not_inherit_its_parents_peak() -> None:
     ballast = bytearray(b"x") * 2**30
     own = peak_gib()

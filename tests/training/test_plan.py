@@ -46,6 +46,7 @@ def row(text: str, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_33b_from_a_config_alone_is_quick_and_small(folder_33b: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora_dpo", "plan", "--model_name_or_path", folder_33b, "--gpu_memory", "80"]
     with (tmp_path / "out").open("w") as out:
