@@ -143,13 +143,18 @@ def llama(folder: Path, model: Path) -> Path:
     return folder
 
 
-def write_results(rows: int, file_bytes: int, runs: dict[str, list[dict[str, Any]]]) -> None:
-    machine = {
+def machine_with(*packages: str) -> dict[str, Any]:
+    """The processor, Python, and the versions of these packages."""
+    return {
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("transformers", "tokenizers", "datasets", "pyarrow", "orjson")},
+        **{name: version(name) for name in packages},
     }
+
+
+def write_results(rows: int, file_bytes: int, runs: dict[str, list[dict[str, Any]]]) -> None:
+    machine = machine_with("transformers", "tokenizers", "datasets", "pyarrow", "orjson")
     result = {"rows": rows, "file_bytes": file_bytes, "machine": machine, "limits": LIMITS, "runs": runs}
     load = max(run["load_average"] for pair in runs.values() for run in pair)
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, not the repository
 
-from benchmarks.data_speed import LLAMA_TOKENIZER, RESULTS, llama, processor, write_pairs  # noqa: E402
+from benchmarks.data_speed import LLAMA_TOKENIZER, RESULTS, llama, machine_with, write_pairs  # noqa: E402
 
 LIMITS = {"seconds": 120.0, "peak_gb": 2.0, "added_to_cached_start_seconds": 2.0}
 RUNS = {
@@ -102,12 +100,7 @@ def start_training(data: str, tokenizer_folder: str) -> dict[str, Any]:
 
 
 def write_results(rows: int, file_bytes: int, runs: dict[str, dict[str, Any]]) -> None:
-    machine = {
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("transformers", "tokenizers", "rensa", "py3langid", "numpy")},
-    }
+    machine = machine_with("transformers", "tokenizers", "rensa", "py3langid", "numpy")
     result = {"rows": rows, "file_bytes": file_bytes, "machine": machine, "limits": LIMITS, "runs": runs}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "lint_speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

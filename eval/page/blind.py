@@ -71,17 +71,21 @@ def blind_tab(page: Page, blocks: gr.Blocks) -> None:
     for button, choice in zip(buttons, VOTES, strict=True):
         button.click(voting(choice), [token], outputs, **light(api_name=f"vote_{choice}"))
     if page.model is not None:
-        with gr.Accordion(words("blind_own"), open=False):
-            prompt = gr.Textbox(
-                label=words("prompt"), lines=2, max_length=MAX_PROMPT_CHARACTERS, elem_id="blind-prompt"
-            )
-            ask = gr.Button(words("blind_ask"), elem_id="blind-ask")
+        _own_prompt(page, lambda ballot: view(ballot, "", is_open=True), outputs)
 
-        def own(text: Any) -> list[Any]:
-            with sentences(words):
-                return view(_own_ballot(page, text), "", is_open=True)
 
-        ask.click(own, [prompt], outputs, api_name="blind", concurrency_id=MODEL_QUEUE, concurrency_limit=1)
+def _own_prompt(page: Page, view: Callable[[Ballot], list[Any]], outputs: list[Any]) -> None:
+    """Where a visitor asks something else, whose two answers take the place of the recorded ones."""
+    words = page.words
+    with gr.Accordion(words("blind_own"), open=False):
+        prompt = gr.Textbox(label=words("prompt"), lines=2, max_length=MAX_PROMPT_CHARACTERS, elem_id="blind-prompt")
+        ask = gr.Button(words("blind_ask"), elem_id="blind-ask")
+
+    def own(text: Any) -> list[Any]:
+        with sentences(words):
+            return view(_own_ballot(page, text))
+
+    ask.click(own, [prompt], outputs, api_name="blind", concurrency_id=MODEL_QUEUE, concurrency_limit=1)
 
 
 def _own_ballot(page: Page, text: Any) -> Ballot:
