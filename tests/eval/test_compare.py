@@ -457,3 +457,12 @@ def test_only_what_is_missing_is_answered_in_the_same_batches() -> None:
     known = set(order[:11])
     left = [one.id for rows in answer_all(part, asked(20), known, 8) for one in rows]
     assert left == order[11:] and part.sizes == [8, 4]
+
+
+def test_answers_are_as_long_as_those_of_the_run_where_nothing_is_said(run: Path, tmp_path: Path) -> None:
+    from qlora_dpo.config.training import TrainingOptions
+
+    options = {"adapter": run, "output": tmp_path / "out", "use_cpu": "true", "max_prompts": 1, "kl_samples": 0}
+    assert main(["compare", *flags(options)]) == 0
+    begun = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    assert begun["settings"]["max_new_tokens"] == TrainingOptions().max_new_tokens != 256

@@ -144,3 +144,16 @@ def test_failing_mirror_is_dropped_and_the_record_goes_on(tmp_path: Path, caplog
     recorder.finish()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
     assert tracker.lines == 2 and caplog.text.count("no route") == 1
+
+
+@pytest.mark.slow
+def test_what_became_of_the_data_is_in_the_folder(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(pairs_file.read_text() + '{"prompt": "w3", "chosen": "w4"}\n')
+    options = ("--bad_rows", "skip", "--eval_fraction", "0.2", "--lint", "warn")
+    assert train(model_folder, file, tmp_path / "run", *options) == 0
+    found = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert found["train"] + found["held_out"] == 40 and found["held_out"] > 0
+    (source,) = found["sources"]
+    assert (source["rows_read"], source["pairs"], sum(source["refused"].values())) == (41, 40, 1)
+    assert found["lint"]["pairs"] == 40
