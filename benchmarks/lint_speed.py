@@ -123,7 +123,8 @@ def write_results(rows: int, file_bytes: int, runs: dict[str, dict[str, Any]]) -
     load = max(found["load_average"] for found in runs.values())
     lines += [
         "",
-        f"Load average of the machine meanwhile: {load:.1f} (where it is above the number of cores, other work took its share).",
+        f"Load average of the machine meanwhile: {load:.1f} (where it is above the number of cores, "
+        "other work took its share).",
         "Times are those of whole commands in a process of their own, imports and tokenization included; memory is the "
         "peak resident size. `python benchmarks/lint_speed.py` measures again.",
     ]
