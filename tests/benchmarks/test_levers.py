@@ -21,6 +21,7 @@ def test_both_forms_of_a_lever_agree() -> None:
             assert not torch.equal(ours, torch.zeros_like(ours)), name
 
 
+@pytest.mark.slow
 def test_lean_forms_keep_no_more() -> None:
     for name, _, own, lean in levers.candidates(TINY_SHAPE, 16):
         assert levers.kept_bytes(lean) <= levers.kept_bytes(own), name

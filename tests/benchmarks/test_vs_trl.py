@@ -133,6 +133,7 @@ def test_a_process_does_not_inherit_its_parents_peak() -> None:
     assert own > 1.0 and run(peak_gib) < 0.8
 
 
+@pytest.mark.slow
 def test_what_a_process_raises_arrives() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="bach"):
         run(parse_form, "bach=2")

@@ -150,6 +150,7 @@ def test_answers_and_logps_are_those_of_plain_transformers_and_peft(
     assert "rule:chrf" in said and "KL to the reference" in said
 
 
+@pytest.mark.slow
 def test_before_is_the_frozen_reference_where_the_run_had_one(
     compare: Any, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_the_end_token_belongs_to_the_answer() -> None:
     assert one.after.logp == pytest.approx(float(logps[len(prompt) - 1 :].sum()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_drawn_answers_depend_on_their_seed_alone(compare: Any, tmp_path: Path) -> None:
     def texts(folder: str, **options: Any) -> list[tuple[str, str]]:
         code, said = compare(output=tmp_path / folder, temperature=1.0, **options)
@@ -193,6 +195,7 @@ def test_drawn_answers_depend_on_their_seed_alone(compare: Any, tmp_path: Path) 
     assert len({before for before, _ in whole}) > 5
 
 
+@pytest.mark.slow
 def test_kl_is_about_what_the_exact_distributions_say(
     compare: Any, run: Path, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_every_level_gives_the_same_loss_and_gradients(
         assert torch.equal(ours, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "again"), [("none", 0), ("selective", 0), ("full", 28), ("offload", 28)])
 @pytest.mark.parametrize("fuse", [False, True], ids=["peft", "ours"])
 def test_selective_runs_no_base_product_and_no_attention_twice(
@@ -102,6 +103,7 @@ def test_each_layer_has_its_own_level() -> None:
         set_activation_checkpointing(model, ("none", "full"))
 
 
+@pytest.mark.slow
 def test_offload_takes_the_layers_inputs_through_another_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = policy(fuse=True)
     expected = loss_and_gradients(model, "full")

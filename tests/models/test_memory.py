@@ -55,6 +55,7 @@ def skeleton_of(config: Any, *, r: int = 64, quantization: Any = None, dtype: to
     return build_skeleton(config, quantization=quantization, dtype=dtype, r=r, target_modules=["all-linear"])
 
 
+@pytest.mark.slow
 def test_33b_in_4_bit_weighs_what_the_arithmetic_says() -> None:
     started = time.process_time()
     skeleton = skeleton_of(llama_33b(), quantization=nf4())
@@ -72,6 +73,7 @@ def test_33b_in_4_bit_weighs_what_the_arithmetic_says() -> None:
     assert per_token["offload"] == 0 and counted.host == tokens * 6656 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "double", "single", "other", "per_rank"),
     [
@@ -103,6 +105,7 @@ def tensors_of(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, nf4(), nf4(double=False)], ids=["16 bit", "nf4 double", "nf4"])
 def test_weights_equal_the_loaded_models(quantization: Any, tmp_path: Path) -> None:
     tiny_model(**SHAPE).save_pretrained(tmp_path)
@@ -149,6 +152,7 @@ def measured(model: Any, pairs: list[IdPair], level: Level, kind: LayoutKind) ->
     return total + (kept.bytes if level == "selective" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

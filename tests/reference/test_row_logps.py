@@ -208,6 +208,7 @@ def test_a_run_on_rows_with_its_own_log_probs_is_the_run_that_computes_them(
             assert one[name] == pytest.approx(other[name], abs=2e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [(lambda total: float(int(total)), "whole numbers"), (lambda total: 1.3 * total, "another model")],

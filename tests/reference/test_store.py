@@ -296,6 +296,7 @@ with ReferenceStore.open(path) as store:
 """
 
 
+@pytest.mark.slow
 def test_processes_make_and_fill_one_store_together(tmp_path: Path) -> None:
     path, count = tmp_path / "store.sqlite", 4
     writers = [start(WRITER, path, 1000 * (number + 1), stdin=subprocess.PIPE) for number in range(count)]
@@ -342,6 +343,7 @@ def test_kill_at_any_moment_leaves_a_sound_store(tmp_path: Path) -> None:
 # Size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [(95, 205), (150, 150)])  # of chosen and rejected, prompts left out
 def test_160_000_pairs_of_300_tokens_take_less_than_400_mb(tokens: tuple[int, int], tmp_path: Path) -> None:
     path, pairs = tmp_path / "store.sqlite", 4000

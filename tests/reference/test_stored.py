@@ -71,6 +71,7 @@ def losses(training: Training) -> list[float]:
     return [row["loss"] for row in read_metrics(training.run.metrics)]
 
 
+@pytest.mark.slow
 def test_second_run_and_second_epoch_compute_nothing(tmp_path: Path) -> None:
     inline, _ = stored_training(tmp_path / "inline", None)
     fit(inline)
@@ -128,6 +129,7 @@ def killed_and_continued(folder: Path, at: list[int], *, with_store: bool) -> Tr
     return training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [[3], [9], [14], [17], [25], [6, 2, 9], [8, 8]])
 def test_killed_run_ends_with_the_bits_of_an_unbroken_one(at: list[int], tmp_path: Path) -> None:
     unbroken = killed_and_continued(tmp_path / "unbroken", [], with_store=True)
@@ -136,6 +138,7 @@ def test_killed_run_ends_with_the_bits_of_an_unbroken_one(at: list[int], tmp_pat
     assert len(checkpoints(tmp_path / "broken" / "run")) == 2
 
 
+@pytest.mark.slow
 def test_without_a_store_the_bits_would_differ(tmp_path: Path) -> None:
     unbroken, broken = (killed_and_continued(tmp_path / str(len(at)), at, with_store=False) for at in ([], [17]))
     assert outcome(broken) != outcome(unbroken)

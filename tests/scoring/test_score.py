@@ -119,6 +119,7 @@ def test_scores_are_those_of_plain_transformers_and_peft(
     assert "The 10 most suspicious rows" in said and f"pairs.jsonl:{np.argmin(margins) + 1}\n" in said
 
 
+@pytest.mark.slow
 def test_margins_of_a_run_are_those_of_its_own_evaluation(score: Any, run: Path, tmp_path: Path) -> None:
     store = run.parent / "store.sqlite"
     code, said = score(adapter=run, dataset=run.parent / "held_out.jsonl", store=store)
@@ -134,6 +135,7 @@ def test_margins_of_a_run_are_those_of_its_own_evaluation(score: Any, run: Path,
     assert code == 0 and "The adapter was trained on this very data set" in said
 
 
+@pytest.mark.slow
 def test_checkpoint_is_scored_and_an_unfinished_run_names_it(score: Any, run: Path, tmp_path: Path) -> None:
     dataset = run.parent / "held_out.jsonl"
     assert score(adapter=run / "checkpoint-4", dataset=dataset)[0] == 0
@@ -149,6 +151,7 @@ def test_checkpoint_is_scored_and_an_unfinished_run_names_it(score: Any, run: Pa
     assert code == 2 and "has not finished" in said and f"{unfinished}/checkpoint-4" in said
 
 
+@pytest.mark.slow
 def test_command_line_wins_and_what_differs_from_the_run_is_said(score: Any, run: Path, tmp_path: Path) -> None:
     dataset = run.parent / "held_out.jsonl"
     assert score(adapter=run, dataset=dataset)[0] == 0
@@ -158,6 +161,7 @@ def test_command_line_wins_and_what_differs_from_the_run_is_said(score: Any, run
     assert (one["beta"], other["beta"]) == (0.3, 0.6)
 
 
+@pytest.mark.slow
 def test_killed_command_goes_on_and_a_whole_store_needs_no_model(
     score: Any, adapter: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +189,7 @@ def test_killed_command_goes_on_and_a_whole_store_needs_no_model(
     assert [5 * row["margin"] for row in one] == pytest.approx([row["margin"] for row in other])
 
 
+@pytest.mark.slow
 def test_policy_is_filled_ahead_as_a_reference(
     score: Any, adapter: Path, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +200,7 @@ def test_policy_is_filled_ahead_as_a_reference(
     assert code == 0 and "reference: 40 pairs computed" in said and "policy: 0 pairs computed, 40 were in" in said
 
 
+@pytest.mark.slow
 def test_without_an_adapter_the_model_itself_is_looked_at(
     score: Any, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -301,6 +307,7 @@ def test_mixture_names_its_sources_and_has_one_form(
     assert {name: means["count"] for name, means in summary["categories"].items()} == {"pairs": 40, "other": 5}
 
 
+@pytest.mark.slow
 def test_another_base_than_the_adapters_is_refused_or_said(
     score: Any, run: Path, adapter: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -319,6 +326,7 @@ def test_another_base_than_the_adapters_is_refused_or_said(
     assert code == 65 and "the adapter does not fit this base" in said
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_said_first(
     score: Any, adapter: Path, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

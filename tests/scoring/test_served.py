@@ -116,6 +116,7 @@ def test_another_model_is_refused_before_it_is_asked_for_everything(
     assert "Nothing was kept" in told and "instead of 0.6931" in told and rows_in(store) == 0
 
 
+@pytest.mark.slow
 def test_a_server_in_16_bit_and_a_trainer_in_4_are_two_models_unless_that_is_accepted(
     model_folder: Path, pairs_file: Path, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_server_in_16_bit_and_a_trainer_in_4_are_two_models_unless_that_is_acc
     assert "its loss then pulls towards the served model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_model_behind_the_same_name_is_noticed(
     model_folder: Path, pairs_file: Path, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +144,7 @@ def test_another_model_behind_the_same_name_is_noticed(
     assert rows_in(store) == before + completions_of(pairs_file)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_loses_nothing(
     model_folder: Path, pairs_file: Path, same_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_kill_loses_nothing_that_was_answered(model_folder: Path, pairs_file: 
     assert rows_in(store) == completions_of(pairs_file)
 
 
+@pytest.mark.slow
 def test_a_machine_with_the_tokenizer_alone_says_that_nothing_is_checked(
     model_folder: Path, pairs_file: Path, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +198,7 @@ def test_a_machine_with_the_tokenizer_alone_says_that_nothing_is_checked(
     assert np.allclose(rows[key], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_that_a_chat_server_renders_otherwise_are_named_and_the_others_kept(
     model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
