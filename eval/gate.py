@@ -10,8 +10,11 @@ A metric is the path of a number in summary.json. One that is not known (null) h
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from eval.answers import FOLDER, SUMMARY, read_summary
 from eval.options import GateOptions
 from qlora_dpo.config.checks import nearest
 from qlora_dpo.errors import DataError, QloraDpoError, StorageError
+from qlora_dpo.training.folder.run_folder import write_atomically
 
+RECORD = "gate.json"
 DEFAULT_RULES = Path(__file__).parent / "rules" / "default.yaml"
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -82,6 +87,7 @@ def gate(options: GateOptions) -> None:
     file = options.rules or DEFAULT_RULES
     outcomes = judge(read_rules(file), read_summary(folder), file)
     print("\n".join(table(outcomes)))
+    record(folder, file, outcomes)
     failed = [outcome for outcome in outcomes if not outcome.holds]
     if failed:
         raise NotGoodEnough(
@@ -89,6 +95,27 @@ def gate(options: GateOptions) -> None:
             f"{', '.join(outcome.rule.metric for outcome in failed)}."
         )
     print(f"All {len(outcomes)} rules of {file} hold for {folder}.")
+
+
+def record(folder: Path, rules: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write gate.json beside the summary, for the model's card; a folder that takes no file stops nothing here."""
+    content = {
+        "rules": rules.name,
+        "summary": hashlib.sha256((folder / SUMMARY).read_bytes()).hexdigest(),
+        "holds": all(outcome.holds for outcome in outcomes),
+        "outcomes": [
+            {
+                "metric": outcome.rule.metric,
+                "comparison": outcome.rule.comparison,
+                "value": outcome.value,
+                "limit": outcome.limit,
+                "holds": outcome.holds,
+            }
+            for outcome in outcomes
+        ],
+    }
+    with suppress(OSError):
+        write_atomically(folder / RECORD, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def folder_of(result: Path) -> Path:

@@ -37,7 +37,7 @@ from qlora_dpo.config.reference import (
     StoreInfoOptions,
     StoreVerifyOptions,
 )
-from qlora_dpo.config.release import MergeOptions
+from qlora_dpo.config.release import AdapterExportOptions, CheckOptions, GgufOptions, MergeOptions, PushOptions
 from qlora_dpo.config.training import TRAIN_GROUPS, DataOptions, ModelOptions, PlanOptions
 from qlora_dpo.terminal import outlasting_stderr
 from qlora_dpo.training.signals import terminable
@@ -118,7 +118,33 @@ COMMANDS = {
         positional=("file",),
     ),
     "merge": Command(
-        "Merge an adapter into a plain 16-bit model folder.", (MergeOptions,), "qlora_dpo.release.merge:merge"
+        "Merge an adapter into a plain model folder, the best of the measured candidates.",
+        (MergeOptions,),
+        "qlora_dpo.release.merge:merge",
+    ),
+    "release check": Command(
+        "Replay prompts on an exported folder, a GGUF file or a server, and compare with the trained adapter.",
+        (CheckOptions,),
+        "qlora_dpo.release.checking:check",
+        positional=("folder",),
+    ),
+    "release gguf": Command(
+        "Write a merged folder as GGUF for llama.cpp and Ollama.",
+        (GgufOptions,),
+        "qlora_dpo.release.gguf:write_gguf",
+        positional=("folder",),
+    ),
+    "release adapter": Command(
+        "Write the trained adapter alone, with its base, tokenizer and card.",
+        (AdapterExportOptions,),
+        "qlora_dpo.release.adapter_export:export_adapter",
+        positional=("adapter",),
+    ),
+    "release push": Command(
+        "Say what would be uploaded of a run, a merged folder or GGUF files, to which repository; --execute does it.",
+        (PushOptions,),
+        "qlora_dpo.release.push:push",
+        positional=("folder",),
     ),
     "generate": Command(
         "Write answers of a model to prompts, to be compared or rejected.",

@@ -27,6 +27,8 @@ def value(found: Any) -> str:
         return short(found)
     if isinstance(found, list) and len(found) == 2 and all(map(_is_number, found)):
         return f"{short(found[0])} … {short(found[1])}"
+    if isinstance(found, list) and all(isinstance(one, str) for one in found):
+        return "; ".join(found) or "–"
     return "–" if found is None else str(found)
 
 
@@ -130,7 +132,8 @@ def tables_of(content: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[d
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    known = dict.fromkeys(key for row in rows for key in row)
+    columns = [column for column in known if any(row.get(column) not in (None, []) for row in rows)]
     return {
         "title": title,
         "columns": [str(column).replace("_", " ") for column in columns],

@@ -96,7 +96,8 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
     if isinstance(layer, Linear4bit):
         packed: Any = layer.weight
-        weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
+        state = getattr(packed, "quant_state", None) or layer.quant_state  # FSDP gathers the bytes alone
+        weight: Tensor = dequantize_4bit(packed.data, state)
         return weight.to(dtype)
     plain: Tensor = layer.weight
     return plain.to(dtype)

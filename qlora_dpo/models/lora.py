@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 
@@ -74,14 +74,19 @@ def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
         unknown = _restored(model, folder)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-        raise _does_not_fit(folder, str(error).splitlines()[0][:_LONGEST_REASON]) from error
+        raise does_not_fit(folder, str(error)) from error
     if unknown:
-        raise _does_not_fit(folder, f"it has {unknown[0]}, and the base has no such layer")
+        raise does_not_fit(folder, f"it has {unknown[0]}, and the base has no such layer")
     return model
 
 
-def _does_not_fit(folder: Path, reason: str) -> ModelError:
-    return ModelError(f"{folder}: the adapter does not fit this base ({reason}). Was it trained on another one?")
+def does_not_fit(folder: Path, reason: str) -> ModelError:
+    """The error for an adapter that finds no place in its base."""
+    lines = [line.strip() for line in reason.splitlines() if not line.endswith(":")] or [
+        ""
+    ]  # torch begins with a title
+    first = lines[0][:_LONGEST_REASON]
+    return ModelError(f"{folder}: the adapter does not fit this base ({first}). Was it trained on another one?")
 
 
 def add_frozen_reference(model: Any, folder: Path) -> None:
@@ -175,12 +180,20 @@ def has_dropout(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the policy's adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """The policy adapter's weights themselves, by the names that PEFT saves them under."""
     from peft import get_peft_model_state_dict
+
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    return weights
+
+
+def save_adapter(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the policy's adapter_model.safetensors and adapter_config.json, as PEFT reads them; `weights` are given
+    where those of the model are sharded."""
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    state = adapter_weights(model) if weights is None else weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy(model.peft_config[POLICY])

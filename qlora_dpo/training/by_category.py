@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_dpo.objectives.categories import COUNT, SHOWN
+from qlora_dpo.training.records.markdown import inline
 
 TITLES = {
     "loss": "loss",
@@ -41,5 +42,7 @@ def category_table(metrics: Mapping[str, Any]) -> list[str]:
     for category in logged_categories([metrics], prefix):
         values = [metrics.get(f"{prefix}{name}/{category}") for name in columns]
         cells = ["-" if value is None else f"{value:.4g}" for value in values]
-        lines.append(f"| {category} | {metrics[f'{prefix}{COUNT}/{category}']:,.0f} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {inline(category)} | {metrics[f'{prefix}{COUNT}/{category}']:,.0f} | " + " | ".join(cells) + " |"
+        )
     return lines

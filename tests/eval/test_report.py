@@ -208,6 +208,23 @@ def test_data_samples_and_merge_are_shown(tmp_path: Path) -> None:
         assert words in text
 
 
+def test_merge_report_reads_well(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ROWS, status=FINISHED)
+    candidates = [
+        {"name": "train, bfloat16", "kl_mean": 0.001, "problems": [], "warnings": []},
+        {"name": "original, bfloat16", "kl_mean": None, "problems": ["it is lost", "it is gone"], "warnings": []},
+    ]
+    layers = [{"name": f"layer {number}", "size": 0.1} for number in range(13)]
+    facts = {"pairs": 64, "notes": ["The adapter is untrained."]}
+    report = {"chosen": "train, bfloat16", "yardstick": facts, "candidates": candidates, "layers": layers}
+    (run / "merge_report.json").write_text(json.dumps(report))
+    page = written(run)
+    text = text_of(page)
+    assert "yardstick: pairs 64 yardstick: notes The adapter is untrained." in text
+    assert "name kl mean problems train, bfloat16 0.001 – original, bfloat16 – it is lost; it is gone" in text
+    assert "<details><summary>layers</summary><table>" in page and "<h3>candidates</h3><table>" in page
+
+
 DATA = {
     "train": 19, "held_out": 2,
     "sources": [

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from merged_in_memory import merged_weights
 from tiny import RAGGED, random_pairs, tiny_config, tiny_model, with_lora
 from training.runs import CPU, adapter_weights, run
 
@@ -39,10 +40,8 @@ def base_weights(model: Any) -> dict[str, torch.Tensor]:
 
 def dequantized_twin(model: Any) -> Any:
     """The same network with plain fp32 linear layers in place of the 4-bit ones."""
-    from qlora_dpo.release.merge import merged_weights
-
     twin = tiny_model()
-    twin.load_state_dict(merged_weights(model, torch.float32))
+    twin.load_state_dict(merged_weights(model))
     return twin
 
 

@@ -36,7 +36,7 @@ def load_from_hub(source: str, split: str, revision: str | None) -> Any:
     from datasets import Dataset
 
     try:
-        with _quiet("huggingface_hub"):
+        with quiet("huggingface_hub"):
             loaded = _load(source, split, revision)
     except QloraDpoError:
         raise
@@ -48,7 +48,7 @@ def load_from_hub(source: str, split: str, revision: str | None) -> Any:
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
+def quiet(library: str) -> Iterator[None]:
     """Keep to itself what a library says about each of its tries; what came of them is said by us."""
     log = logging.getLogger(library)
     level = log.level
@@ -196,7 +196,7 @@ def modelscope_folder(source: str, revision: str | None) -> Path:
         ) from error
     patterns = [f"*{suffix}" for suffix in READERS]
     try:
-        with _quiet("modelscope_hub"):
+        with quiet("modelscope_hub"):
             endpoint = HubApi().resolve_endpoint_for_read(name, repo_type="dataset")
             folder = HubApi(endpoint=endpoint).download_repo(
                 name, "dataset", revision=named or revision, allow_patterns=patterns

@@ -1,17 +1,25 @@
-"""The run folder's README.md: a model card with what was trained, on what, and what came out."""
+"""The run folder's README.md: a model card with what was trained, on what, and what came out.
+
+Its parts also make the cards of what is released.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qlora_dpo.data.files.readers import file_kind
 from qlora_dpo.training.by_category import category_table
+from qlora_dpo.training.records.seal import UNSEALED, sealed
 
 CARD = """---
 {metadata}---
+{seal}
 
 # {name}
 
@@ -35,16 +43,10 @@ All options are in `config.yaml`, every step in `metrics.jsonl`.
 
 ## Use
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-The adapter was trained on a base held as: {held}.
+{use}
 """
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 METHODS = {
     "dpo": "DPO (arXiv 2305.18290)",
@@ -85,22 +87,68 @@ def write_model_card(
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "datasets": [dataset],
+        **({"datasets": [dataset]} if is_hub_id(dataset) else {}),
         "tags": [objective, "lora", "qlora_dpo"],
     }
-    step = last_metrics.get("step")
-    results = [f"- {title}: {last_metrics[key]:.4g}" for key, title in RESULTS.items() if key in last_metrics]
-    table = category_table(last_metrics)
-    held = ", ".join(f"{key}={value}" for key, value in (quantization or {}).items()) or "not quantized"
     card = CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        seal=UNSEALED,
         name=name,
         base=base,
         method=METHODS[objective],
         version=version,
-        results="\n".join([f"After {step} steps:", "", *results, *(["", *table] if table else [])]),
+        results="\n".join(result_lines(last_metrics)),
         data="\n".join(f"- {line}" for line in data_summary),
-        settings="\n".join(f"- `{option}`: {options[option]}" for option in SHOWN[objective]),
-        held=held,
+        settings="\n".join(setting_lines(options, objective)),
+        use="\n".join(use_of_adapter(name, base, options.get("model_revision"), quantization, options.get("dtype"))),
     )
-    path.write_text(card, encoding="utf-8")
+    path.write_text(sealed(card), encoding="utf-8")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a base or a data set is one on the Hub rather than a path on this machine."""
+    path = Path(name).expanduser()
+    return _HUB_ID.fullmatch(name) is not None and file_kind(path) is None and not path.exists()
+
+
+def result_lines(last_metrics: Mapping[str, Any]) -> list[str]:
+    """What the last step's line of metrics.jsonl says, with a table where there are categories."""
+    results = [f"- {title}: {last_metrics[key]:.4g}" for key, title in RESULTS.items() if key in last_metrics]
+    table = category_table(last_metrics)
+    return [f"After {last_metrics.get('step')} steps:", "", *results, *(["", *table] if table else [])]
+
+
+def setting_lines(options: Mapping[str, Any], objective: str) -> list[str]:
+    """The options that matter most."""
+    return [f"- `{option}`: {options[option]}" for option in SHOWN[objective] if option in options]
+
+
+def use_of_adapter(
+    name: str, base: str, revision: str | None, quantization: Mapping[str, Any] | None, dtype: str | None
+) -> list[str]:
+    """How to load an adapter on its base, held as it was in training."""
+    classes = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantization else "")
+    settings = ", ".join(f"{key}={_quoted(value)}" for key, value in (quantization or {}).items())
+    of_base = [
+        _quoted(base),
+        *([f"revision={_quoted(revision)}"] if revision else []),
+        *(["quantization_config=quantization"] if quantization else []),
+        f"dtype={_quoted('float32' if dtype == 'float32' else 'bfloat16')}",
+    ]
+    return [
+        "The base is held as in training: " + (settings.replace('"', "") if quantization else "not quantized") + ".",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {classes}",
+        "",
+        *([f"quantization = BitsAndBytesConfig({settings})"] if quantization else []),
+        f"base = AutoModelForCausalLM.from_pretrained({', '.join(of_base)})",
+        f"model = PeftModel.from_pretrained(base, {_quoted(name)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
+        "```",
+    ]
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
