@@ -110,7 +110,7 @@ def make(base: str, adapter: str, shape: str, shard_size: str) -> dict[str, Any]
 def measure(adapter: str, base: str, dtype: str, shard_size: str) -> dict[str, Any]:
     """Merge in this process; the peak before the command began is what the libraries take."""
     from qlora_dpo.cli import main as command
-    from qlora_dpo.release import merge  # noqa: F401
+    from qlora_dpo.release.merging import merge  # noqa: F401
 
     before, start = peak_gib(), time.perf_counter()
     output = Path(adapter).with_name("merged")

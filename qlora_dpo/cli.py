@@ -120,18 +120,18 @@ COMMANDS = {
     "merge": Command(
         "Merge an adapter into a plain model folder, the best of the measured candidates.",
         (MergeOptions,),
-        "qlora_dpo.release.merge:merge",
+        "qlora_dpo.release.merging.merge:merge",
     ),
     "release check": Command(
         "Replay prompts on an exported folder, a GGUF file or a server, and compare with the trained adapter.",
         (CheckOptions,),
-        "qlora_dpo.release.checking:check",
+        "qlora_dpo.release.checking.check:check",
         positional=("folder",),
     ),
     "release gguf": Command(
         "Write a merged folder as GGUF for llama.cpp and Ollama.",
         (GgufOptions,),
-        "qlora_dpo.release.gguf:write_gguf",
+        "qlora_dpo.release.gguf.export:write_gguf",
         positional=("folder",),
     ),
     "release adapter": Command(
@@ -143,7 +143,7 @@ COMMANDS = {
     "release push": Command(
         "Say what would be uploaded of a run, a merged folder or GGUF files, to which repository; --execute does it.",
         (PushOptions,),
-        "qlora_dpo.release.push:push",
+        "qlora_dpo.release.pushing.push:push",
         positional=("folder",),
     ),
     "generate": Command(

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from released import add_comparison, change, dump, make_gguf, make_merged, make_run
 
 from qlora_dpo.errors import StorageError, UsageError
-from qlora_dpo.release.card import card_of, hub_datasets, write_card
-from qlora_dpo.release.card_sections import Facts, without_paths
-from qlora_dpo.release.records import read_records
+from qlora_dpo.release.cards.card import card_of, hub_datasets, write_card
+from qlora_dpo.release.cards.records import read_records
+from qlora_dpo.release.cards.sections import Facts, without_paths
 from qlora_dpo.training.records.markdown import code_block, inline
 from qlora_dpo.training.records.model_card import is_hub_id, write_model_card
 from qlora_dpo.training.records.seal import is_untouched

@@ -15,8 +15,8 @@ from test_gguf import byte_level
 from tiny import tiny_model
 
 from qlora_dpo.cli import main
-from qlora_dpo.release.comparing import why_other_ids
-from qlora_dpo.release.replay import answer_logps
+from qlora_dpo.release.checking.comparing import why_other_ids
+from qlora_dpo.release.checking.replay import answer_logps
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tiny import RAGGED, random_pairs, tiny_model
 
 from qlora_dpo.data.conversation_tokens import TokenizedConversation
 from qlora_dpo.errors import ModelError, StorageError
-from qlora_dpo.release.distributions import Recorded
+from qlora_dpo.release.fidelity.distributions import Recorded
 
 ROWS = [
     TokenizedConversation([*pair.prompt_ids, *ids], [len(pair.prompt_ids), len(pair.prompt_ids) + len(ids)])
@@ -58,7 +58,7 @@ def test_whole_distributions_are_kept_at_some_positions_of_many(
 ) -> None:
     model, other = tiny_model(seed=0).eval(), tiny_model(seed=1).eval()
     whole = Recorded(model, ROWS, scratch, tmp_path).compare(other).kl
-    monkeypatch.setattr("qlora_dpo.release.distributions.KEPT", 7)
+    monkeypatch.setattr("qlora_dpo.release.fidelity.distributions.KEPT", 7)
     recorded = Recorded(model, ROWS, scratch, tmp_path)
     places = np.linspace(0, len(whole) - 1, 7).round().astype(int)
     np.testing.assert_allclose(recorded.compare(other).kl, whole[places], atol=1e-6)

@@ -19,12 +19,12 @@ from qlora_dpo.demo.run import BASE
 from qlora_dpo.demo.world import Question, held_out_questions, training_questions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.lora import save_adapter
-from qlora_dpo.release import yardstick as yardsticks
 from qlora_dpo.release.artefact import open_artefact
-from qlora_dpo.release.fidelity import Fidelity, loaded, measure
-from qlora_dpo.release.fidelity_table import WIDTH, Measured, best, table, update_summary
-from qlora_dpo.release.weights import LayerUpdate, Recipe, prepare_merge, write_merged
-from qlora_dpo.release.yardstick import Yardstick, open_yardstick
+from qlora_dpo.release.fidelity import yardstick as yardsticks
+from qlora_dpo.release.fidelity.measuring import Fidelity, loaded, measure
+from qlora_dpo.release.fidelity.table import WIDTH, Measured, best, table, update_summary
+from qlora_dpo.release.fidelity.yardstick import Yardstick, open_yardstick
+from qlora_dpo.release.merging.weights import LayerUpdate, Recipe, prepare_merge, write_merged
 
 CPU = torch.device("cpu")
 

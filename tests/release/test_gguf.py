@@ -14,8 +14,8 @@ from tiny import tiny_model, tiny_tokenizer
 from qlora_dpo.cli import main
 from qlora_dpo.data.templates import PROMPT_TEMPLATES
 from qlora_dpo.demo.run import BASE
-from qlora_dpo.release.llama_cpp_tokens import PRE_TYPES
-from qlora_dpo.release.modelfile import NotConcatenated, fixed_text, modelfile
+from qlora_dpo.release.gguf.llama_cpp_tokens import PRE_TYPES
+from qlora_dpo.release.gguf.modelfile import NotConcatenated, fixed_text, modelfile
 
 TEXTS = (
     "Hello, world!", "It's 12345.67, isn't it?", "two  spaces\n\nand lines", "中文和 English 混排。", "émigré 🚀", "a",
@@ -312,7 +312,7 @@ def test_only_one_tensor_is_in_memory(llama: Path, tmp_path: Path, monkeypatch: 
     """Each is written before the next one is read."""
     from gguf import GGUFWriter
 
-    from qlora_dpo.release.gguf_model import SourceTensor
+    from qlora_dpo.release.gguf.model import SourceTensor
 
     order: list[str] = []
     own_read, own_write = SourceTensor.read, GGUFWriter.write_tensor_data

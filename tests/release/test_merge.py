@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import RAGGED, random_pairs
 
 from qlora_dpo.cli import main
-from qlora_dpo.release.merge import recipes_of
+from qlora_dpo.release.merging.merge import recipes_of
 from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.trained_on import load_trained
 
@@ -165,7 +165,9 @@ def test_merge_that_loses_the_adapter_is_refused_unless_forced(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault is put in: what is written is the base alone."""
-    monkeypatch.setattr("qlora_dpo.release.adapter_updates.AdapterUpdates.merged", lambda self, name, base: base)
+    monkeypatch.setattr(
+        "qlora_dpo.release.merging.adapter_updates.AdapterUpdates.merged", lambda self, name, base: base
+    )
     assert merge(run, tmp_path / "merged", "--base", "train", "--dtype", "float32") == 65
     said = capsys.readouterr().err
     assert "nothing was written" in said and "train, float32: " in said and "--force" in said
@@ -245,7 +247,7 @@ def test_stopped_command_leaves_no_half_folder_and_the_next_works(
     how: signal.Signals, run: Path, tmp_path: Path
 ) -> None:
     words = ["--adapter", str(run), "--output", str(tmp_path / "out"), *UNMEASURED]
-    slow = "import time, safetensors.torch as st, qlora_dpo.release.weights as w; save = st.save_file\n"
+    slow = "import time, safetensors.torch as st, qlora_dpo.release.merging.weights as w; save = st.save_file\n"
     slow += "def slowly(*a, **k): save(*a, **k); print('half', flush=True); time.sleep(60)\n"
     slow += f"w.save_file = slowly\nfrom qlora_dpo.cli import main; raise SystemExit(main({['merge', *words]!r}))"
     with subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -272,6 +274,7 @@ def test_candidates_are_the_bases_and_types_that_there_are() -> None:
     assert names("auto", "float32", lost_parts=["experts"]) == ["original, float32"]
 
 
+@pytest.mark.slow
 def test_run_folder_holds_what_a_reader_needs(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
     assert {

@@ -18,7 +18,7 @@ from fake_hub import EXPIRED, GOOD, READS, FakeHub, Repository, slow
 from released import add_comparison, change, make_gguf, make_merged, make_run
 
 from qlora_dpo.cli import main
-from qlora_dpo.release import uploading
+from qlora_dpo.release.pushing import uploading
 
 ROOT = Path(__file__).resolve().parents[2]
 USAGE, DATA, STORAGE = 2, 65, 74

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.release import replay_llama_cpp
-from qlora_dpo.release.replay import Answer, Expected
+from qlora_dpo.release.checking import replay_llama_cpp
+from qlora_dpo.release.checking.replay import Answer, Expected
 
 
 def crash(*_: Any) -> None:

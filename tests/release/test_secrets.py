@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from qlora_dpo.cli import main
 from qlora_dpo.errors import StorageError
 from qlora_dpo.redaction import redacted
-from qlora_dpo.release.secrets import head_of, scan
+from qlora_dpo.release.pushing.secrets import head_of, scan
 
 SECRETS = {
     "a Hugging Face token": "hf_" + "a1B2" * 8,

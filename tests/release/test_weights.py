@@ -15,9 +15,9 @@ from torch import nn
 from qlora_dpo.errors import ModelError, UsageError
 from qlora_dpo.models.loading import load_base, load_config
 from qlora_dpo.release.artefact import open_artefact
-from qlora_dpo.release.base_weights import BaseWeights
-from qlora_dpo.release.merge import recipes_of
-from qlora_dpo.release.weights import LayerUpdate, OutOfRange, Recipe, prepare_merge, write_merged
+from qlora_dpo.release.merging.base_weights import BaseWeights
+from qlora_dpo.release.merging.merge import recipes_of
+from qlora_dpo.release.merging.weights import LayerUpdate, OutOfRange, Recipe, prepare_merge, write_merged
 
 CPU = torch.device("cpu")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

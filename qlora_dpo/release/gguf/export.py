@@ -1,0 +1,225 @@
+"""`release gguf`: a merged folder as one GGUF file for llama.cpp and Ollama, or several parts of it.
+
+Tensor by tensor: no more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_dpo.config.release import GgufOptions
+from qlora_dpo.data.chat import Chat
+from qlora_dpo.data.control_tokens import uses_bos
+from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.models.loading import check_local_weights, load_config, load_tokenizer
+from qlora_dpo.release.cards.records import GGUF_REPORT, MERGE_REPORT
+from qlora_dpo.release.gguf.model import (
+    LARGEST_FLOAT16,
+    Architecture,
+    SourceTensor,
+    add_settings,
+    architecture_of,
+    source_tensors,
+)
+from qlora_dpo.release.gguf.modelfile import modelfile
+from qlora_dpo.release.gguf.vocabulary import GgufVocabulary, gguf_vocabulary
+from qlora_dpo.release.staging import require_space, staged, sync_folder
+
+MODELFILE = "Modelfile"
+BLOCK = 32  # numbers of a row that q8_0 keeps together
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read from the folder."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    architecture: Architecture
+    vocabulary: GgufVocabulary
+    tensors: Sequence[SourceTensor]
+
+
+def write_gguf(options: GgufOptions) -> None:
+    """The `release gguf` command.
+
+    Raises:
+        StorageError: there is no such folder, or no room for the file.
+        UsageError: the output exists, or an option has no meaning.
+        ModelError: the architecture or the tokenizer has no form in GGUF, or is an adapter.
+    """
+    limit = size_of(options.max_shard_size)
+    _refuse_output(options.output)
+    source = read_source(options.folder)
+    output = options.output
+    require_space(output.parent, _bytes_needed(source.tensors, options.outtype), f"{output}")
+    hidden = output.with_name(f".{output.name}.parts")
+    with staged(hidden) as folder:
+        _write(source, options.outtype, limit, folder / output.name)
+        parts = sorted(part.name for part in folder.iterdir())
+        (folder / MODELFILE).write_text(modelfile(source.tokenizer, parts[0]), encoding="utf-8")
+        (folder / GGUF_REPORT).write_text(_report(options), encoding="utf-8")
+        sync_folder(folder)
+        for name in (MODELFILE, GGUF_REPORT, *reversed(parts)):  # the part that llama.cpp is given comes last
+            (folder / name).rename(output.with_name(name))
+    hidden.rmdir()
+    for note in source.vocabulary.notes:
+        print(note)
+    size = sum(output.with_name(part).stat().st_size for part in parts)
+    parts_of = f" in {len(parts)} parts" if len(parts) > 1 else ""
+    print(
+        f"{output.with_name(parts[0])}: {options.outtype}, {size / 1e6:,.1f} MB{parts_of}, tokenizer "
+        f"{source.vocabulary.model} ({source.vocabulary.pre}). The {MODELFILE} beside it is for "
+        f"`ollama create NAME -f {MODELFILE}`."
+    )
+
+
+def read_source(folder: Path) -> Source:
+    """Everything but the weights, checked.
+
+    Raises:
+        StorageError, ModelError: see `write_gguf`.
+    """
+    if not folder.is_dir():
+        raise StorageError(f"{folder}: there is no such folder. Name the folder that `merge` wrote.")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} is an adapter, and GGUF holds a whole model: `merge` it first, and name that folder."
+        )
+    config = load_config(str(folder))
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{folder} is quantized. Name a 16-bit folder, as `merge` writes it.")
+    architecture = architecture_of(config, folder)
+    check_local_weights(str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size, folder)
+    return Source(
+        folder, config, tokenizer, architecture, vocabulary, list(source_tensors(config, architecture, folder))
+    )
+
+
+def size_of(text: str | None) -> int:
+    """Bytes of `5GB`; 0 for no limit.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return 0
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    if unit not in _UNITS or not number.strip().replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise UsageError(f"--max_shard_size {text}: write a size such as 5GB or 500MB.")
+    return int(float(number) * _UNITS[unit])
+
+
+def _refuse_output(output: Path) -> None:
+    if output.suffix != ".gguf":
+        raise UsageError(f"--output {output}: name a file that ends in .gguf.")
+    parts = [output, *output.parent.glob(f"{output.stem}-?????-of-?????.gguf"), output.with_name(MODELFILE)]
+    taken = [path for path in parts if path.exists()]
+    if taken:
+        raise UsageError(f"{taken[0]} exists. Name a file in another folder, or remove it first.")
+
+
+def _kind(tensor: SourceTensor, outtype: str) -> Any:
+    """Norms and biases stay in float32, as llama.cpp computes with them; rows that q8_0 cannot cut stay in float16."""
+    from gguf import GGMLQuantizationType
+
+    if len(tensor.shape) == 1:
+        return GGMLQuantizationType.F32
+    whole = outtype == "q8_0" and tensor.shape[-1] % BLOCK == 0
+    return GGMLQuantizationType.Q8_0 if whole else GGMLQuantizationType.F16
+
+
+def _nbytes(tensor: SourceTensor, outtype: str) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[_kind(tensor, outtype)]
+    return prod(tensor.shape) // block * size
+
+
+def _bytes_needed(tensors: Sequence[SourceTensor], outtype: str) -> int:
+    return sum(_nbytes(tensor, outtype) for tensor in tensors)
+
+
+def _report(options: GgufOptions) -> str:
+    """Where the file comes from: the folder, and the run that this one names."""
+    try:
+        merge = json.loads((options.folder / MERGE_REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        merge = {}
+    known = {name: merge[name] for name in ("run", "adapter", "base_model") if isinstance(merge.get(name), str)}
+    return json.dumps(known | {"folder": str(options.folder.absolute()), "outtype": options.outtype}, indent=2) + "\n"
+
+
+def _write(source: Source, outtype: str, limit: int, file: Path) -> None:
+    from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, quants
+
+    writer = GGUFWriter(file, source.architecture.gguf_name, split_max_size=limit)
+    try:
+        writer.add_type("model")
+        writer.add_name(source.folder.resolve().name)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        writer.add_file_type(LlamaFileType.MOSTLY_Q8_0 if outtype == "q8_0" else LlamaFileType.MOSTLY_F16)
+        add_settings(writer, source.config)
+        add_tokenizer(writer, source.tokenizer, source.vocabulary)
+        for tensor in source.tensors:
+            # The writer takes the shape of numbers with a type of numbers, and the kind in which they are kept.
+            nbytes, kind = _nbytes(tensor, outtype), _kind(tensor, outtype)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in source.tensors:
+            values = tensor.read(source.config)
+            kind = _kind(tensor, outtype)
+            _refuse_overflow(tensor, values, kind.name)
+            writer.write_tensor_data(quants.quantize(values, kind))
+        writer.flush()
+    finally:
+        writer.close()
+
+
+def _refuse_overflow(tensor: SourceTensor, values: np.ndarray, kind: str) -> None:
+    largest = float(np.abs(values).max(initial=0.0))
+    if not np.isfinite(largest):
+        raise ModelError(f"{tensor.file}: {tensor.source} holds a number that is none (NaN or infinite). Merge anew.")
+    # q8_0 keeps a float16 scale for the largest of 32 numbers: that number by 127.
+    if largest > LARGEST_FLOAT16 * {"F16": 1, "Q8_0": 127}.get(kind, np.inf):
+        raise ModelError(
+            f"{tensor.file}: {tensor.source} holds {largest:.3g}, more than float16 can ({LARGEST_FLOAT16:.0f}). "
+            "Use --outtype q8_0, or serve the folder with vLLM in bfloat16."
+        )
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: GgufVocabulary) -> None:
+    """Tokens, special ids and flags, and the chat template."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    for name in ("bos", "eos", "unk", "pad"):
+        id_ = getattr(tokenizer, f"{name}_token_id")
+        if id_ is not None:
+            getattr(writer, f"add_{name}_token_id")(id_)
+    writer.add_add_bos_token(uses_bos(tokenizer))
+    writer.add_add_eos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+        end = Chat(tokenizer).form.end_id
+        if end != tokenizer.eos_token_id:
+            writer.add_eot_token_id(end)
