@@ -8,6 +8,7 @@ QloraDpoError            1   base class; catch this one to catch them all
   EndpointError         69   a server that gives no usable answer
   ResourceError         71   the machine: out of memory, no such device
   TrainingError         70   the numbers of a run stopped making sense
+  ProcessLost           71   one of several processes of a run is gone; the same command continues
   Interrupted           75   stopped by a signal; the same command continues
 """
 
@@ -58,6 +59,12 @@ class TrainingError(QloraDpoError):
     """The numbers of a run stopped making sense, so going on would waste the machine."""
 
     exit_code = 70
+
+
+class ProcessLost(QloraDpoError):
+    """Another process of the same run is gone."""
+
+    exit_code = 71
 
 
 class Interrupted(QloraDpoError):

@@ -18,10 +18,12 @@ import torch
 from qlora_dpo.config.training import TrainConfig, TrainingOptions, quantization_of
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.demo.world import Question, held_out_questions, is_explained, states_fact, training_questions
+from qlora_dpo.errors import UsageError
 from qlora_dpo.models.generation import generate
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import add_adapter
 from qlora_dpo.training.folder.run_folder import RunFolder, write_atomically
+from qlora_dpo.training.parallel.launching import is_launched
 from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.train import Trained, open_run, pair_tokenizer, train, train_in
 from qlora_dpo.training.trained_on import load_trained
@@ -69,6 +71,8 @@ def run_training(config: TrainConfig) -> None:
 
 def run_demo(config: TrainConfig) -> Trained | None:
     """Run the demo (or continue it) and print its table; returns None where it had finished before."""
+    if is_launched():
+        raise UsageError("the embedded demo runs in one process: start it without a launcher, or name your own data.")
     config, trained = demo_config(config), None
     with open_run(config) as run:
         if not run.is_finished:
@@ -76,7 +80,7 @@ def run_demo(config: TrainConfig) -> Trained | None:
             print("its answers. Your own model and pairs: ./run_dpo_training.sh --model_name_or_path M --dataset D\n")
             make_pairs(config)
         if not (run.path / RESULT).is_file():
-            trained = train_in(run, config) or load_again(run, config)
+            trained = train_in(run, config, choose_device(config.model.use_cpu)) or load_again(run, config)
             record(run, ask(trained, config))
         print_result(run, json.loads((run.path / RESULT).read_text(encoding="utf-8")))
     return trained

@@ -73,6 +73,12 @@ class CategorySums:
             sums = torch.where(belongs, values[name].double(), 0.0).sum(dim=1)
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
+    def merge(self, other: CategorySums) -> None:
+        """Add the sums of another part of the same step."""
+        for name, sums in other.sums.items():
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.counts.update(other.counts)
+
     def mean(self) -> dict[str, float]:
         """The means of each category that came up, and its count; waits for the device once."""
         if self.categories is None or not self.counts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,9 +36,10 @@ class Reference(Protocol):
 class ReferenceLogps:
     """The reference of one run, whose log-probs are held in memory."""
 
-    def __init__(self, score: Score) -> None:
+    def __init__(self, score: Score, known: Mapping[int, Tensor] | None = None) -> None:
+        """`known` are log-probs that were computed before, of both completions of a pair in one row."""
         self._score = score
-        self._known: dict[int, Tensor] = {}
+        self._known = dict(known or {})
 
     def __call__(self, keys: Sequence[int], batch: PackedBatch) -> Tensor:
         """Log-probs [N] of the batch, whose pairs are named by `keys` [B]."""

@@ -21,8 +21,8 @@ from qlora_dpo.errors import Interrupted, TrainingError
 from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.training.displacement import DisplacementGuard, Guard, NoGuard
 from qlora_dpo.training.engine import Engine
-from qlora_dpo.training.folder.checkpoints import rng_states
-from qlora_dpo.training.folder.resuming import resume
+from qlora_dpo.training.folder.checkpoints import restore_rng_states, rng_states
+from qlora_dpo.training.folder.resuming import reseeded, resume
 from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.folder.saving import Saver
 from qlora_dpo.training.memory.device_memory import DeviceMemory, within_memory
@@ -68,6 +68,7 @@ class Training:
             steps=self.options.save_steps,
             minutes=self.options.save_minutes,
             keep=self.options.save_total_limit,
+            ranks=self.engine.ranks,
         )
         has_reference = self.engine.method.has_reference
         self.guard = DisplacementGuard(self.engine, self.options.on_displacement) if has_reference else NoGuard()
@@ -130,12 +131,17 @@ def leaving(training: Training, step: int, rng: dict[str, Any], where: str) -> I
 
 def begin(training: Training) -> int:
     """Restore the newest valid checkpoint, or write the first one; returns the steps that are done."""
+    ranks = training.engine.ranks
     state = resume(
-        training.run, training.engine.model, training.optimizer, training.scheduler, training.schedule.total_steps
-    )
+        training.run, training.engine.model, training.optimizer, training.scheduler, training.schedule.total_steps,
+        ranks,
+    )  # fmt: skip
+    ranks.copy_main(training.parameters)
     if state is not None:
         training.guard.restore(state)
         training.saver.newest = int(state["step"])
+    elif not ranks.is_main:  # each process has its own dropout
+        restore_rng_states(reseeded(rng_states(), training.options.seed + 1_000_003 * ranks.rank))
     training.saver.begin()
     return training.saver.newest or 0
 
@@ -148,13 +154,15 @@ def try_out(training: Training, done: int) -> None:
     """
     schedule = training.schedule
     steps = [schedule.step(number) for number in range(done + 1, schedule.total_steps + 1)]
-    if not steps or (training.memory is None and len(steps) < MIN_STEPS_ON_CPU):
+    engine = training.engine
+    if not steps or engine.ranks.is_sharded or (training.memory is None and len(steps) < MIN_STEPS_ON_CPU):
         return
     try:
-        preflight(
-            training.engine, training.optimizer, steps, training.eval_indices, training.stop.check,
+        engine.ranks.together(lambda: preflight(
+            engine, training.optimizer, steps, training.eval_indices, training.stop.check,
             memory=training.memory, find_budget=training.options.max_tokens_per_microbatch is None,
-        )  # fmt: skip
+        ))  # fmt: skip
+        engine.max_tokens = min(engine.ranks.gather(engine.max_tokens))
     except StopRequested as signal:
         raise Interrupted(
             f"{signal} before step {done + 1}: nothing was lost; the same command "
@@ -202,7 +210,8 @@ def update(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metr
         TrainingError: for the third time in a row the numbers are not finite, or the gradient is zero.
     """
     learning_rate = float(training.scheduler.get_last_lr()[0])
-    grad_norm = float(nn.utils.clip_grad_norm_(training.parameters, training.options.max_grad_norm))
+    norm: Any = nn.utils.clip_grad_norm_(training.parameters, training.options.max_grad_norm)
+    grad_norm = float(norm.full_tensor() if training.engine.ranks.is_sharded else norm)
     is_finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if is_finite:
         training.optimizer.step()
@@ -244,11 +253,16 @@ def evaluate(training: Training, number: int) -> Metrics:
     """Metrics of the held-out samples, and sample answers where they were asked for."""
     engine, indices, pause = training.engine, training.eval_indices, training.stop.check
     metrics = within_memory(engine, indices, rng_states(), lambda: engine.evaluate(indices, pause))
+    engine.ranks.together(lambda: show_samples(training, number) if engine.ranks.is_main else None)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def show_samples(training: Training, number: int) -> None:
+    """Sample answers after step `number`, where they were asked for."""
     try:
         training.show_samples(number)
     except OSError as error:
         tqdm.write(f"warning: samples of step {number} cannot be written: {error.strerror or error}", file=sys.stderr)
-    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def complete_evaluation(training: Training, done: int) -> None:
@@ -258,13 +272,14 @@ def complete_evaluation(training: Training, done: int) -> None:
         Interrupted: a signal came again.
     """
     is_due = done % training.options.eval_steps == 0 or done == training.schedule.total_steps
-    rows = read_metrics(training.run.metrics)
+    ranks = training.engine.ranks
+    rows = ranks.on_main(lambda: read_metrics(training.run.metrics))
     if not (is_due and training.eval_indices and rows and rows[-1]["step"] == done and "eval_loss" not in rows[-1]):
         return
     metrics = {name: value for name, value in rows[-1].items() if name != "step"}
     with leaving(training, done, rng_states(), "during an evaluation"):
         metrics |= evaluate(training, done)
-    cut_back(training.run.metrics, done - 1)
+    ranks.on_main(lambda: cut_back(training.run.metrics, done - 1))
     training.recorder.log(done, metrics)
 
 

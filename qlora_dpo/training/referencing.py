@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
@@ -23,6 +24,7 @@ from qlora_dpo.reference.store import Logps, ModelIdentity, ReferenceStore
 from qlora_dpo.reference.stored import StoredReference
 from qlora_dpo.training.data import TrainingData
 from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS
+from qlora_dpo.training.parallel.ranks import ALONE, Ranks
 from qlora_dpo.training.row_reference import with_row_logps
 
 CHECKED = 8  # stored pairs that are computed again when a run starts
@@ -31,9 +33,10 @@ OTHER_MODEL = 0.5  # nats per token between a reference and the base that is tra
 
 @contextmanager
 def reference_of_run(
-    config: TrainConfig, model: Any, scorer: Scorer, data: TrainingData, device: torch.device
+    config: TrainConfig, model: Any, scorer: Scorer, data: TrainingData, device: torch.device, ranks: Ranks = ALONE
 ) -> Iterator[Reference]:
-    """The reference in its store, or in memory where there is none.
+    """The reference in its store, or in memory where there is none. Each process reads and writes the store by itself;
+    where the base is sharded it is read once and not written, because all must know what each lacks.
 
     Raises:
         StorageError: --reference_store cannot be used, or holds only other models.
@@ -49,7 +52,7 @@ def reference_of_run(
     with store[0]:
         reference = _stored(config, score, data.pairs, *store)
         pairs = list(dict.fromkeys([*data.train, *data.held_out]))
-        known = list(reference.known(pairs))
+        known = ranks.share(list(reference.known(pairs)))
         print(f"reference: {len(known)} of {len(pairs)} pairs are in {store[0].path}", file=sys.stderr)
         if config.store.reference_source is not None and len(known) < len(pairs):
             raise ModelError(
@@ -57,11 +60,21 @@ def reference_of_run(
                 "not here to compute them. Fill the store with it first (`reference`)."
             )
         check_drift(config, recomputed, reference, known)
+        if ranks.is_sharded:
+            print("reference: with FSDP the store is read and not written; `reference` fills it.", file=sys.stderr)
+            yield with_row_logps(config, data, recomputed, ReferenceLogps(score, in_memory(reference, known)))
+            return
         try:
             yield with_row_logps(config, data, recomputed, reference)
         finally:
             reference.close()
-            print(reference.summary(), file=sys.stderr)
+            print(reference.summary() + (" (by one of the processes)" if ranks.count > 1 else ""), file=sys.stderr)
+
+
+def in_memory(reference: StoredReference, known: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The stored log-probs of these pairs, those of both completions in one row."""
+    stored = reference.stored(known)
+    return {key: torch.from_numpy(np.concatenate(both)) for key, both in stored.items()}
 
 
 def refuse_unusable_store(named: str | Path | None) -> None:

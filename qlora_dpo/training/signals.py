@@ -30,8 +30,10 @@ class Terminated(BaseException):
 class StopFlag:
     """Remembers the first signal; the second Ctrl-C stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: bool = True) -> None:
+        """`says` is false in all but one of the processes of a run."""
         self.signal_name: str | None = None
+        self._says = says
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler."""
@@ -39,7 +41,8 @@ class StopFlag:
             raise KeyboardInterrupt
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
-            _say(f"{self.signal_name}: stopping after this micro-batch; Ctrl-C stops at once.")
+            if self._says:
+                _say(f"{self.signal_name}: stopping after this micro-batch; Ctrl-C stops at once.")
 
     def check(self) -> None:
         """Raise `StopRequested` when a signal has arrived."""
@@ -48,9 +51,9 @@ class StopFlag:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
+def stop_on_signals(says: bool = True) -> Iterator[StopFlag]:
     """Within this block SIGTERM, SIGINT and SIGUSR1 set the flag."""
-    flag = StopFlag()
+    flag = StopFlag(says)
     with _handlers(dict.fromkeys((*TERMINATING, signal.SIGINT), flag.handle)):
         yield flag
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from qlora_dpo.errors import StorageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
-from qlora_dpo.models.loading import choose_device, commit_of, load_base, load_tokenizer, out_of_memory
+from qlora_dpo.models.loading import commit_of, load_base, load_tokenizer, out_of_memory
 from qlora_dpo.models.lora import (
     POLICY,
+    adapter_weights,
     add_adapter,
     add_frozen_reference,
     has_dropout,
     load_adapter,
     save_adapter,
+    trainable_parameters,
 )
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective
@@ -50,6 +53,9 @@ from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.memory.device_memory import device_memory
 from qlora_dpo.training.memory.levels import levels_of_run
 from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
+from qlora_dpo.training.parallel.asked import pairs_of_a_step, refuse_unshardable
+from qlora_dpo.training.parallel.launching import joined
+from qlora_dpo.training.parallel.ranks import ALONE, Ranks
 from qlora_dpo.training.records.curves import draw_curves
 from qlora_dpo.training.records.model_card import write_model_card
 from qlora_dpo.training.records.trackers import start_trackers
@@ -79,42 +85,60 @@ def train(config: TrainConfig) -> Trained | None:
     Raises:
         QloraDpoError: one of its kinds, each saying what happened, why, and what to do.
     """
-    with open_run(config) as run:
-        return train_in(run, config)
+    with joined(config.model.use_cpu) as (ranks, device), open_run(config, ranks) as run:
+        return train_in(run, config, device, ranks)
 
 
-def train_in(run: RunFolder, config: TrainConfig) -> Trained | None:
-    """`train` in a folder that is held for it already."""
-    if run.is_finished:
+def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: Ranks = ALONE) -> Trained | None:
+    """`train` in a folder that is held for it already, as one of its processes."""
+    if ranks.on_main(lambda: run.is_finished):
         print(f"{run.path} is finished; --fresh starts it anew.", file=sys.stderr)
         return None
-    device = choose_device(config.model.use_cpu)
+    if ranks.is_sharded:
+        refuse_unshardable(config)
     tokenizer = load_training_tokenizer(config)
-    data = load_training_data(config.data, tokenizer, config.training.seed)
+    data = ranks.main_first(lambda: load_training_data(config.data, tokenizer, config.training.seed))
     print("\n".join(data.summary()), file=sys.stderr)
-    lint = lint_training_data(config.data, data, tokenizer)
+    lint = lint_training_data(config.data, data, tokenizer) if ranks.is_main else None
     refuse_row_sums(config, data)
     refuse_unusable_store(config.store.reference_store)
-    run = run.with_content(content_of(config, data))
-    write_data_record(run.path, data, lint)
+    content = content_of(config, data)
+    ranks.refuse_differences(content, "data or a base")
+    run = ranks.on_main(lambda: run.with_content(content))
+    ranks.on_main(lambda: write_data_record(run.path, data, lint))
     try:
-        model = load_policy(config, device)
+        model = load_policy(config, torch.device("cpu") if ranks.is_sharded else device)
         fuse_lora(model)
         make_lean(model)
+        if ranks.is_sharded:
+            from qlora_dpo.training.parallel.sharded import shard
+
+            start = [float(parameter.double().sum()) for parameter in trainable_parameters(model)]
+            ranks.refuse_differences(start, "an adapter to start from")
+            shard(model, device, ranks.count)
         scorer = choose_scorer(model, data.pairs[data.train[0]], device)
+        ranks.refuse_differences((scorer.kind, scorer.head is None), "a way of scoring")
         set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
-        with reference_of_run(config, model, scorer, data, device) as reference, stop_on_signals() as stop:
+        with (
+            reference_of_run(config, model, scorer, data, device, ranks) as reference,
+            stop_on_signals(says=ranks.is_main) as stop,
+        ):
             engine = Engine(
                 model, scorer, objective_of(config), data.pairs, reference, device,
                 config.training.max_tokens_per_microbatch or DEFAULT_MAX_TOKENS,
-                config.training.per_device_train_batch_size, categories=data.categories(),
+                config.training.per_device_train_batch_size, data.categories(), ranks,
             )  # fmt: skip
             training = prepare(config, run, engine, tokenizer, data, stop)
             with training.recorder:
                 fit(training)
     except torch.OutOfMemoryError as error:
         raise out_of_memory("training", device) from error
-    finish(config, run, model, tokenizer, data)
+    weights = None
+    if ranks.is_sharded:
+        from qlora_dpo.training.parallel.sharded import whole
+
+        weights = whole(adapter_weights(model))
+    ranks.on_main(lambda: finish(config, run, model, tokenizer, data, weights))
     return Trained(run, model, tokenizer, pair_tokenizer(config, tokenizer))
 
 
@@ -142,13 +166,14 @@ def objective_of(config: TrainConfig) -> Objective | SupervisedObjective:
 
 
 @contextmanager
-def open_run(config: TrainConfig) -> Iterator[RunFolder]:
-    """The folder that --output_dir names, or the default one, held for this process until the block ends."""
+def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[RunFolder]:
+    """The folder that --output_dir names, or the default one, held for these processes until the block ends."""
     objective_of(config)  # a wrong option is refused before --fresh deletes anything
     options = config.training
     path = options.output_dir or default_output_dir(str(config.model.model_name_or_path), str(config.data.dataset))
-    with held_run_folder(path, config.flat(), fresh=options.fresh, allow_changed=options.allow_changed) as run:
-        yield run
+    with ExitStack() as stack:
+        held = held_run_folder(path, config.flat(), fresh=options.fresh, allow_changed=options.allow_changed)
+        yield ranks.on_main(lambda: stack.enter_context(held))
 
 
 def load_training_tokenizer(config: TrainConfig) -> Any:
@@ -198,19 +223,25 @@ def prepare(
     config: TrainConfig, run: RunFolder, engine: Engine, tokenizer: Any, data: TrainingData, stop: StopFlag
 ) -> Training:
     """Put optimizer, schedule, records and samples together."""
-    options = config.training
+    options, ranks = config.training, engine.ranks
+    pairs_per_step = ranks.on_main(lambda: pairs_of_a_step(config, run, engine))
     schedule = make_schedule(
         data.train,
-        config.pairs_per_step,
+        pairs_per_step,
         epochs=options.num_train_epochs,
         max_steps=options.max_steps,
         seed=options.seed,
         sampler=data.sampler,
     )
-    run_id = run.begin(total_steps=schedule.total_steps, environment=describe())
+    run_id = ranks.on_main(
+        lambda: run.begin(
+            total_steps=schedule.total_steps, environment=describe(), pairs_per_step=pairs_per_step,
+            processes=ranks.count,
+        )
+    )  # fmt: skip
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
-        options.optim,
+        "adamw_torch" if ranks.is_sharded else options.optim,
         parameters,
         engine.device,
         lr=options.learning_rate,
@@ -219,10 +250,7 @@ def prepare(
         weight_decay=options.weight_decay,
     )
     prompts = list({tuple(data.pairs[index].prompt_ids): None for index in data.held_out})[:SAMPLE_PROMPTS]
-    mirrors = start_trackers(
-        options.report_to, run.path, options.run_name or run.path.name, config.flat(), run_id=run_id
-    )
-    recorder = Recorder(run.metrics, mirrors)
+    recorder = recorder_of(config, run, run_id) if ranks.is_main else Recorder(Path(os.devnull), [])
     samples = SamplePrinter(
         engine.model, tokenizer, prompts if options.sample_generate else [], run.path / SAMPLES,
         max_new_tokens=options.max_new_tokens, end_id=pair_tokenizer(config, tokenizer).end_id, pause=stop.check,
@@ -249,11 +277,24 @@ def prepare(
     )
 
 
-def finish(config: TrainConfig, run: RunFolder, model: Any, tokenizer: Any, data: TrainingData) -> None:
-    """Write the adapter, the tokenizer, the curves and the card, and mark the run finished."""
+def recorder_of(config: TrainConfig, run: RunFolder, run_id: str) -> Recorder:
+    """The record of a run with its mirrors."""
+    options = config.training
+    mirrors = start_trackers(
+        options.report_to, run.path, options.run_name or run.path.name, config.flat(), run_id=run_id
+    )
+    return Recorder(run.metrics, mirrors)
+
+
+def finish(
+    config: TrainConfig, run: RunFolder, model: Any, tokenizer: Any, data: TrainingData,
+    weights: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write the adapter (these weights, where those of the model are sharded), the tokenizer, the curves and the card,
+    and mark the run finished."""
     try:
         with disk_errors():
-            save_adapter(model, run.path)
+            save_adapter(model, run.path, weights)
         tokenizer.save_pretrained(run.path)
         draw_curves(run.metrics, run.path / CURVES, config.data.objective)
         write_model_card(

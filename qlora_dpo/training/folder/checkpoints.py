@@ -40,7 +40,7 @@ def rng_states() -> dict[str, Any]:
     name, numpy_keys, position, has_gauss, cached = legacy
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process's GPU
         "python": [version, list(keys), gauss],
         "numpy": [name, numpy_keys.tolist(), position, has_gauss, cached],
     }
@@ -50,7 +50,7 @@ def restore_rng_states(states: dict[str, Any]) -> None:
     """Undo everything that drew random numbers since `rng_states()`."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"][0])
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from qlora_dpo.errors import StorageError
-from qlora_dpo.models.lora import save_adapter, trainable_parameters
+from qlora_dpo.models.lora import adapter_weights, save_adapter, trainable_parameters
 from qlora_dpo.training.folder.checkpoints import checkpoints, rng_states, rotate, save_checkpoint
 from qlora_dpo.training.folder.run_folder import RunFolder
+from qlora_dpo.training.parallel.ranks import ALONE, Ranks
 from qlora_dpo.training.schedule import Schedule
 
 PATIENCE_SECONDS = 30 * 60  # that a run goes on although its checkpoints cannot be written
@@ -23,8 +24,20 @@ RETRY_SECONDS = 60
 
 
 @dataclass
+class Content:
+    """What a checkpoint is made of; `weights` are given where those of the model are sharded."""
+
+    optimizer: dict[str, Any]
+    rng: dict[str, Any]
+    weights: dict[str, Any] | None = None
+
+
+@dataclass
 class Saver:
-    """Writes the checkpoints of a run. A disk that refuses them has half an hour to be emptied."""
+    """Writes the checkpoints of a run. A disk that refuses them has half an hour to be emptied.
+
+    All processes of a run call it together; the first one decides and writes.
+    """
 
     run: RunFolder
     model: Any
@@ -40,6 +53,7 @@ class Saver:
     """Step of the newest checkpoint that is whole."""
     more_state: Callable[[], dict[str, Any]] = dict
     """What else a checkpoint's trainer_state.json holds."""
+    ranks: Ranks = ALONE
     clock: Callable[[], float] = time.monotonic
     _failing_since: float | None = None
     _tried_at: float = 0.0
@@ -53,12 +67,15 @@ class Saver:
             StorageError: there is too little room, or the disk refuses.
         """
         self._saved_at = self.clock()
-        self._check_room()
+        self.ranks.on_main(self._check_room)
         if self.newest is None:
             self.save_now(0, rng_states())
 
     def is_due(self, number: int) -> bool:
         """Whether a checkpoint is to be written after this step: by steps, by the clock, or once more."""
+        return self.ranks.on_main(lambda: self._is_due(number))
+
+    def _is_due(self, number: int) -> bool:
         if number % self.steps == 0:
             return True
         if self._failing_since is not None:
@@ -71,15 +88,20 @@ class Saver:
         Raises:
             StorageError: the disk has refused for half an hour.
         """
+        content = self._content(rng)
+        self.newest = self.ranks.on_main(lambda: self._try(number, content))
+
+    def _try(self, number: int, content: Content) -> int | None:
         self._tried_at = self.clock()
         try:
-            self._write(number, rng)
+            self._write(number, content)
         except OSError as error:
             self._bear(number, error)
         else:
             if self._failing_since is not None:
                 tqdm.write(f"checkpoint-{number} is written; checkpoints can be written again.", file=sys.stderr)
             self._failing_since = None
+        return self.newest
 
     def save_now(self, number: int, rng: dict[str, Any]) -> None:
         """Write checkpoint-`number` before the run ends, unless it is there already.
@@ -89,20 +111,38 @@ class Saver:
         """
         if number == self.newest:
             return
+        content = self._content(rng)
+        self.newest = self.ranks.on_main(lambda: self._insist(number, content))
+
+    def _insist(self, number: int, content: Content) -> int | None:
         try:
-            self._write(number, rng)
+            self._write(number, content)
         except OSError as error:
             raise StorageError(
                 f"checkpoint-{number} cannot be written: {error.strerror or error}. {self._last_safe()}"
             ) from error
+        return self.newest
 
-    def _write(self, number: int, rng: dict[str, Any]) -> None:
+    def _content(self, rng: dict[str, Any]) -> Content:
+        """What the checkpoint of now holds, brought together from all processes."""
+        own, *others = self.ranks.gather(rng)
+        states = own | ({"others": others} if others else {})
+        moments: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+        }  # fmt: skip
+        if not self.ranks.is_sharded:
+            return Content(moments, states)
+        from qlora_dpo.training.parallel.sharded import whole
+
+        return Content(whole(moments), states, whole(adapter_weights(self.model)))
+
+    def _write(self, number: int, content: Content) -> None:
         save_checkpoint(
             self.run.path,
             number,
-            save_adapter=lambda folder: save_adapter(self.model, folder),
-            optimizer={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
-            rng=rng,
+            save_adapter=lambda folder: save_adapter(self.model, folder, content.weights),
+            optimizer=content.optimizer,
+            rng=content.rng,
             state={
                 "total_steps": self.schedule.total_steps,
                 "epoch": self.schedule.epoch(number),

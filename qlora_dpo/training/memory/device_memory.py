@@ -58,11 +58,14 @@ def within_memory(engine: Engine, indices: Sequence[int], rng: dict[str, Any], w
     """The result of `work` on these pairs; where memory runs out it is undone and repeated with half the token budget.
 
     The repetition starts from the random states `rng`, so its result is that of a run that always had this budget.
+    Where memory runs out in one process, all repeat.
 
     Raises:
-        torch.OutOfMemoryError: a pair does not fit even alone.
+        torch.OutOfMemoryError: a pair does not fit even alone; or the base is sharded, where nothing can be repeated.
     """
-    unknown = engine.reference.unknown(indices)
+    if engine.ranks.is_sharded:
+        return work()
+    unknown = engine.reference.unknown(engine.own(indices))
     while True:
         # Not an except block: in there the error's traceback would still hold the graph of what failed.
         with suppress(torch.OutOfMemoryError):
@@ -70,7 +73,7 @@ def within_memory(engine: Engine, indices: Sequence[int], rng: dict[str, Any], w
         engine.model.zero_grad(set_to_none=True)
         engine.reference.forget(unknown)
         restore_rng_states(rng)
-        halve_budget(engine, engine.micro_batches(indices))
+        halve_budget(engine, engine.all_micro_batches(indices))
 
 
 def halve_budget(engine: Engine, failed: Sequence[Sequence[int]]) -> None:

@@ -13,6 +13,7 @@ from qlora_dpo.models.lora import trainable_parameters
 from qlora_dpo.training.engine import Engine
 from qlora_dpo.training.folder.checkpoints import restore_rng_states, rng_states
 from qlora_dpo.training.memory.device_memory import DeviceMemory, halve_budget
+from qlora_dpo.training.parallel.ranks import ALONE
 
 SMALL, LARGE = 512, 2048  # tokens of the two micro-batches that are measured
 MOST = 16_384  # beyond this a larger micro-batch is no faster
@@ -167,5 +168,5 @@ def _halve_until_it_fits(
 
 
 def _alone(engine: Engine, members: Sequence[int]) -> Engine:
-    """An engine that runs these pairs as one micro-batch and remembers nothing of it."""
-    return replace(engine, reference=engine.reference.blank(), max_tokens=engine.cost(members))
+    """An engine that runs these pairs as one micro-batch in this process alone, and remembers nothing of it."""
+    return replace(engine, reference=engine.reference.blank(), max_tokens=engine.cost(members), ranks=ALONE)
