@@ -112,6 +112,15 @@ def test_measured_numbers_are_those_of_the_results() -> None:
         for row in against_trl["rows"]:
             reading = read_row(row, against_trl)
             assert f"{reading['median']:.1f} s" in text and f"{reading['peak_gib']:.1f} GiB" in text, row["name"]
+    compare = json.loads((ROOT / "benchmarks/results/compare_speed.json").read_text())["runs"]
+    for run_of in compare.values():
+        assert f"{run_of['seconds']:.0f} s" in text
+    lint = json.loads((ROOT / "benchmarks/results/lint_speed.json").read_text())["runs"]
+    for name in ("lint, first", "inspect, first"):
+        assert f"{lint[name]['seconds']:.0f} s, {lint[name]['peak_gb']:.1f} GB" in text, name
+    page = json.loads((ROOT / "benchmarks/results/page_speed.json").read_text())["rounds"]
+    paint, token = (sorted(one[name] for one in page)[len(page) // 2] for name in ("first paint", "first token"))
+    assert f"{paint:.1f} s, {token:.1f} s; all answered" in text
     rows = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())
     assert "LLaMA" in json.dumps(rows)
 
