@@ -111,7 +111,8 @@ def _eval_results(records: Records, facts: Facts) -> list[Any]:
 def _opening(records: Records, facts: Facts) -> list[str]:
     base = f"`{facts.base}`" if facts.base else "a base that is on no hub"
     method = f", trained with {METHODS[records.objective]}" if records.run else ""
-    opening = [f"{_WHAT[records.kind][2].format(base=base)}{method}. Written by qlora_dpo {__version__}."]
+    what = _WHAT[records.kind][2].format(base=base)
+    opening = [f"{what[0].upper()}{what[1:]}{method}. Written by qlora_dpo {__version__}."]
     if records.step is not None:
         total = records.status.get("total_steps", "?")
         opening.append(f"This is the checkpoint of step {records.step} of {total}.")

@@ -175,8 +175,8 @@ def _bytes(size: int) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):  # the model index
-        return ", ".join(
-            f"{metric['type']} {metric['value']}"
+        return "".join(
+            f"\n    {metric.get('name', metric['type'])}: {metric['value']}"
             for result in value[0].get("results", [])
             for metric in result.get("metrics", [])
         )
