@@ -159,7 +159,8 @@ class TrainingOptions:
     max_steps: int = -1
     """Optimizer steps; above 0 it overrides --num_train_epochs."""
     per_device_train_batch_size: int = 1
-    """Times --gradient_accumulation_steps (and processes, where there are several) it is the pairs of an optimizer step."""
+    """Times --gradient_accumulation_steps (times the processes, where there are several): the pairs of an optimizer
+    step."""
     gradient_accumulation_steps: int = 16
     """See --per_device_train_batch_size. How a step is cut into micro-batches is the engine's affair."""
     max_tokens_per_microbatch: int | None = None
