@@ -23,6 +23,7 @@ from benchmarks.chaos.victims import Prepare, Victim, fork, spawn
 from benchmarks.chaos.watching import CrashAt
 from benchmarks.chaos.workload import STEPS, Outcome, Workload, make_workload, read_outcome
 
+STEP_SECONDS = 0.1  # about what a step and what is written after it take
 SPAWNED_EVERY = 10  # trials one is started as a user starts it, imports included
 
 Parameters = ParamSpec("Parameters")
@@ -109,6 +110,17 @@ class Bench:
     def moment(self, rng: random.Random, spawned: bool = False) -> float:
         """Any moment of a run, in seconds from its start."""
         return rng.uniform(0, self.seconds["spawned" if spawned else "forked"])
+
+    def wait(self, victim: Victim, run: Path, rng: random.Random, *, spawned: bool, steps: int | None) -> float:
+        """Wait until a random part of a run's usual duration is over, or of a step's once so many `steps` are in its
+        record; returns the seconds since its start."""
+        moment = self.moment(rng, spawned)
+        if steps is not None:
+            while steps_recorded(run) < steps and victim.wait(0.005) is None:
+                pass
+            moment = time.perf_counter() - victim.started + rng.uniform(0, STEP_SECONDS)
+        victim.wait(max(0.0, victim.started + moment - time.perf_counter()))
+        return moment
 
     def rng(self, name: str) -> random.Random:
         """Random numbers for a row; the same for the same seed, whichever rows run."""

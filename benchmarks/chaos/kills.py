@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from benchmarks.chaos.workload import SAVE_STEPS, STEPS
 
 Item = TypeVar("Item")
 REPEATED_EVERY = 4  # trials one is killed several times before it may finish
-STEP_SECONDS = 0.1  # about what a step and what is written after it take
 
 
 def kill_rows(bench: Bench, count: int) -> list[Row]:
@@ -45,13 +43,9 @@ def kill_rows(bench: Bench, count: int) -> list[Row]:
 def kill(bench: Bench, run: Path, rng: random.Random, *, spawned: bool, steps: int | None) -> str:
     """Start the command and kill it after a random part of its usual duration, or of a step's once so many `steps` are
     in its record; says when."""
-    moment = bench.moment(rng, spawned)
     victim = bench.start(run, spawned=spawned)
-    if steps is not None:
-        while steps_recorded(run) < steps and victim.wait(0.005) is None:
-            pass
-        moment = time.perf_counter() - victim.started + rng.uniform(0, STEP_SECONDS)
-    if victim.wait(max(0.0, victim.started + moment - time.perf_counter())) is None:
+    moment = bench.wait(victim, run, rng, spawned=spawned, steps=steps)
+    if victim.wait(0) is None:
         victim.send(signal.SIGKILL)
         victim.wait()
     return f"{moment:.2f}"

@@ -62,7 +62,10 @@ def signal_rows(bench: Bench, count: int) -> list[Row]:
 
 
 def stops(bench: Bench, count: int) -> Row:
-    """SIGTERM, SIGINT, SIGUSR1: exit code 75 after a checkpoint, which the same command continues from."""
+    """SIGTERM, SIGINT, SIGUSR1: exit code 75 after a checkpoint, which the same command continues from.
+
+    Every other one comes in a certain step, all but the last of which are tried, whatever the machine's speed.
+    """
     row = Row(
         "signals",
         f"SIGTERM, SIGINT, SIGUSR1 at any moment: exit within {STOP_SECONDS:.0f} s with code 75 (Ctrl-C where there is "
@@ -71,11 +74,12 @@ def stops(bench: Bench, count: int) -> Row:
     )
     rng, stopped = bench.rng("signals"), list[Stop]()
     for number in range(count):
-        spawned = bench.spawns(number)
-        name, moment = STOPS[number % len(STOPS)], bench.moment(rng, spawned)
+        spawned, name = bench.spawns(number), STOPS[number % len(STOPS)]
+        steps = number * (STEPS - 2) // count if number % 2 else None
         with bench.scratch() as run:
             victim, problems, promised = bench.start(run, spawned=spawned), list[str](), None
-            if victim.wait(moment) is None:
+            moment = bench.wait(victim, run, rng, spawned=spawned, steps=steps)
+            if victim.wait(0) is None:
                 stopped.append(stop(victim, run, name))
                 problems = stopped[-1].broken()
                 promised = re.search(r"(checkpoint-\d+) is written", last_line(stopped[-1].said))
