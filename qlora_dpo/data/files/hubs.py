@@ -87,7 +87,7 @@ def _ask(source: str, revision: str | None) -> Exception | None:
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+    from huggingface_hub.utils import httpx
 
     try:
         HfApi().dataset_info(source, revision=revision, timeout=10)
