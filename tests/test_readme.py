@@ -121,6 +121,9 @@ def test_measured_numbers_are_those_of_the_results() -> None:
     page = json.loads((ROOT / "benchmarks/results/page_speed.json").read_text())["rounds"]
     paint, token = (sorted(one[name] for one in page)[len(page) // 2] for name in ("first paint", "first token"))
     assert f"{paint:.1f} s, {token:.1f} s; all answered" in text
+    merges = (ROOT / "benchmarks/results/merge_memory.md").read_text()
+    peaks = sorted(re.findall(r"float\d+ \|(?: [\d.]+ \|){3} ([\d.]+)", merges))
+    assert len(peaks) == 4 and f"{peaks[0]} to {peaks[-1]} GiB peak" in text
     rows = json.loads((ROOT / "benchmarks/results/data_speed.json").read_text())
     assert "LLaMA" in json.dumps(rows)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_dpo.errors import StorageError
-from qlora_dpo.training.folder.checkpoints import disk_errors
+from qlora_dpo.training.folder.checkpoints import disk_errors, sync
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -35,7 +35,7 @@ def staged(output: Path) -> Iterator[Path]:
             if output.is_dir():
                 output.rmdir()  # it was empty; what has come into it since is not overwritten
             staging.rename(output)
-            _sync(output.parent)
+            sync(output.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             os.close(held)
@@ -61,8 +61,8 @@ def require_space(folder: Path, size: int, doing: str) -> None:
 def sync_folder(folder: Path) -> None:
     """Bring every file below a folder, and the folders themselves, to the disk."""
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _claimed(staging: Path) -> int:
@@ -109,14 +109,6 @@ def _storage_errors(output: Path) -> Iterator[None]:
         raise StorageError(
             f"{output} cannot be written: {error.strerror or error}. Nothing was left there.{full}"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _amount(size: int) -> str:

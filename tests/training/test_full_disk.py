@@ -36,7 +36,7 @@ class Disk:
 
     def __init__(self, training: Training, monkeypatch: pytest.MonkeyPatch, full_steps: range, minutes: float) -> None:
         self._step, self._full_steps, self._minutes, self.attempts = 0, full_steps, minutes, []
-        sync, accumulate = checkpoints_module._sync, training.engine.accumulate_gradient
+        sync, accumulate = checkpoints_module.sync, training.engine.accumulate_gradient
 
         def refuse(path: Path) -> None:
             if self._step in self._full_steps:
@@ -48,7 +48,7 @@ class Disk:
             self._step += 1
             return accumulate(*arguments)
 
-        monkeypatch.setattr(checkpoints_module, "_sync", refuse)
+        monkeypatch.setattr(checkpoints_module, "sync", refuse)
         training.engine.accumulate_gradient = counted  # type: ignore[method-assign]
         training.saver.clock = lambda: self._minutes * 60 * self._step
 

@@ -83,7 +83,7 @@ def save_checkpoint(
     if final.exists():
         shutil.rmtree(final)
     staging.rename(final)
-    _sync(run)
+    sync(run)
     return final
 
 
@@ -180,8 +180,8 @@ def _seal(staging: Path, facts: dict[str, Any]) -> None:
     manifest = facts | {"files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2) + "\n")
     for path in staging.iterdir():
-        _sync(path)
-    _sync(staging)
+        sync(path)
+    sync(staging)
 
 
 def _damage(folder: Path) -> str | None:
@@ -211,7 +211,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
