@@ -7,6 +7,8 @@ from typing import Any
 
 from eval.page.limits import MAX_REQUEST_BYTES
 
+MAX_READ_PAST = 32 * MAX_REQUEST_BYTES  # of a request that is too large, until its sender is cut off
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -41,6 +43,7 @@ class Guard:
         elif is_closed(scope["path"]):
             await _refuse(send, 404)
         elif _length(scope) > MAX_REQUEST_BYTES:
+            await _read_past(receive)
             await _refuse(send, 413)
         else:
             await self._app(scope, _Limited(receive), _with_headers(send))
@@ -82,6 +85,16 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return sent
+
+
+async def _read_past(receive: Receive) -> None:
+    """Let a client finish sending, within limits: one that is cut off meanwhile never reads the answer."""
+    left = MAX_READ_PAST
+    while left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
 
 
 async def _refuse(send: Send, status: int) -> None:

@@ -272,7 +272,7 @@ def test_limits_hold_without_a_browser(address: str) -> None:
     for prompt in ("🎉 你好", "\x00\x07\x1b[31m", "w7 " * 2600):
         assert client.ask("compare", prompt, 2, 0, 0)["success"]
     with pytest.raises(urllib.error.HTTPError) as error:
-        client.join("compare", "w" * 1_100_000, 8, 0, 0)
+        client.join("compare", "w" * 12_000_000, 8, 0, 0)  # more than a socket's buffers hold
     assert error.value.code == 413
     error.value.close()
 
