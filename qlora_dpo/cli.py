@@ -95,7 +95,7 @@ COMMANDS = {
     ),
     "data convert": Command(
         "Write pairs in another format and kind of file.",
-        (ConvertOptions,),
+        (PairFileOptions, ConvertOptions),
         "qlora_dpo.data.convert:convert",
         positional=("file",),
     ),

@@ -12,16 +12,12 @@ _NO_NAMES = Names()
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """Convert: pairs from one format and kind of file into another."""
+class PairFileOptions:
+    """Pairs: where they are and how they are read."""
 
     file: str
     """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
     modelscope:ORG/NAME."""
-    to: str
-    """Format to write: hh-rlhf, plaintext, messages, opendpo, sharegpt, alpaca."""
-    output: Path
-    """File to write; its suffix says of what kind: .jsonl, .json, .csv, .parquet."""
     dataset_format: str = "auto"
     """Format to read; auto looks at the columns."""
     split: str | None = None
@@ -34,6 +30,16 @@ class ConvertOptions:
     """Column of the preferred answer."""
     rejected_key: str = "rejected"
     """Column of the dispreferred answer."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Convert: what is written."""
+
+    to: str
+    """Format to write: hh-rlhf, plaintext, messages, opendpo, sharegpt, alpaca."""
+    output: Path
+    """File to write; its suffix says of what kind: .jsonl, .json, .csv, .parquet."""
     drop: Names = _NO_NAMES
     """What may be lost where the format to write has no place for it: system, history (all turns but the last),
     whitespace (around texts), reference_logps. A row that would lose anything else is refused."""
@@ -65,27 +71,6 @@ class CompareLabelsOptions:
     """A record (*.labels.jsonl), or pairs of any format."""
     second: str
     """What it is compared with, of either kind."""
-
-
-@dataclass(frozen=True)
-class PairFileOptions:
-    """Pairs: where they are and how they are read."""
-
-    file: str
-    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
-    modelscope:ORG/NAME."""
-    dataset_format: str = "auto"
-    """Format to read; auto looks at the columns."""
-    split: str | None = None
-    """Split of a folder or Hub dataset. Default: train, or the only one there is."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub dataset."""
-    prompt_key: str = "prompt"
-    """Column of the prompt (plaintext, messages)."""
-    chosen_key: str = "chosen"
-    """Column of the preferred answer."""
-    rejected_key: str = "rejected"
-    """Column of the dispreferred answer."""
 
 
 @dataclass(frozen=True)

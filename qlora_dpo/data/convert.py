@@ -9,20 +9,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from qlora_dpo.config.checks import nearest
-from qlora_dpo.config.data import ConvertOptions
+from qlora_dpo.config.data import ConvertOptions, PairFileOptions
 from qlora_dpo.data.files.readers import file_kind
-from qlora_dpo.data.files.sources import open_source
 from qlora_dpo.data.files.writers import WRITERS, AddRow, is_flat, row_writer
 from qlora_dpo.data.formats import FORMATS, all_columns, check_format, write_row
-from qlora_dpo.data.pair_reader import PairReader
-from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, PreferencePair, RefusedRow, RowError
+from qlora_dpo.data.pair_reader import PairReader, reader_of
+from qlora_dpo.data.preferences import Message, NoPlaceError, PreferencePair, RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 _SHOWN_ROWS = 20
 
 
-def convert(options: ConvertOptions) -> None:
+def convert(pairs: PairFileOptions, options: ConvertOptions) -> None:
     """Write the pairs of a source in another format.
 
     Raises:
@@ -30,16 +29,14 @@ def convert(options: ConvertOptions) -> None:
         StorageError: when something cannot be read or written.
         UsageError: when an option cannot work.
     """
-    _check(options)
-    names = ColumnNames(options.prompt_key, options.chosen_key, options.rejected_key)
-    source = open_source(options.file, split=options.split, revision=options.revision)
-    reader = PairReader(source, options.dataset_format, names)
+    _check(pairs, options)
+    reader = reader_of(pairs)
     conversion = Conversion(options.to, tuple(options.drop), options.output)
     with row_writer(options.output, all_columns(options.to)) as add:
         conversion.run(reader, add)
         conversion.list_refused()
-        conversion.check(options.file, reader.dataset_format, options.bad_rows)
-    print("\n".join(conversion.summary(options.file, reader)))
+        conversion.check(pairs.file, reader.dataset_format, options.bad_rows)
+    print("\n".join(conversion.summary(pairs.file, reader)))
 
 
 @dataclass
@@ -135,10 +132,8 @@ class Conversion:
         return lines
 
 
-def _check(options: ConvertOptions) -> None:
+def _check(pairs: PairFileOptions, options: ConvertOptions) -> None:
     check_format(options.to, "to")
-    if options.dataset_format != "auto":
-        check_format(options.dataset_format)
     for name in options.drop:
         if name not in DROPS:
             raise UsageError(f"--drop {name}: known are {', '.join(DROPS)}{nearest(name, DROPS)}.")
@@ -149,7 +144,7 @@ def _check(options: ConvertOptions) -> None:
             f"--output {options.output}: a CSV file holds text only, and an answer in {options.to} is a message. "
             "Choose another suffix, or --to plaintext."
         )
-    source, output = Path(options.file).expanduser().resolve(), options.output.resolve()
+    source, output = Path(pairs.file).expanduser().resolve(), options.output.resolve()
     if source.exists() and source in (output, *output.parents):
         raise UsageError(f"--output {options.output} is where the rows come from; name a file elsewhere.")
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from qlora_dpo.config.data import PairFileOptions
 from qlora_dpo.data.files.readers import Row, Rows, settled_format
-from qlora_dpo.data.files.sources import Source
-from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
+from qlora_dpo.data.files.sources import Source, open_source
+from qlora_dpo.data.formats import ColumnNames, check_format, detect_format, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
 
 
@@ -49,3 +50,16 @@ class PairReader:
             return RefusedRow(row.origin, error.field, error.reason)
         self.repaired.update(parsed.repairs)
         return parsed.pair
+
+
+def reader_of(pairs: PairFileOptions) -> PairReader:
+    """The reader of the pairs that a command names.
+
+    Raises:
+        UsageError: the format is not known.
+        StorageError: there is no such source.
+    """
+    if pairs.dataset_format != "auto":
+        check_format(pairs.dataset_format)
+    names = ColumnNames(pairs.prompt_key, pairs.chosen_key, pairs.rejected_key)
+    return PairReader(open_source(pairs.file, split=pairs.split, revision=pairs.revision), pairs.dataset_format, names)

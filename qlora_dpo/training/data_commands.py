@@ -10,15 +10,13 @@ from typing import Any
 
 from qlora_dpo.config.data import InspectOptions, LintOptions, PairFileOptions, TokenOptions
 from qlora_dpo.data.dataset import PairDataset, load_preference_dataset
-from qlora_dpo.data.files.sources import open_source
-from qlora_dpo.data.formats import ColumnNames, check_format
 from qlora_dpo.data.inspection import count_texts, inspection, table
 from qlora_dpo.data.inspection_plot import draw_inspection
 from qlora_dpo.data.linting.lint import kept_texts, lint_pairs, text_source, tokenized_source
 from qlora_dpo.data.linting.preview import preview
 from qlora_dpo.data.linting.tokens import facts_of
 from qlora_dpo.data.mixtures.mixture import is_mixture, read_mixture
-from qlora_dpo.data.pair_reader import PairReader
+from qlora_dpo.data.pair_reader import PairReader, reader_of
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.data.templates import apply_prompt_template
@@ -45,7 +43,7 @@ def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOption
         counts = count_texts(texts)
     else:
         dataset = None
-        reader = _reader(pairs)
+        reader = reader_of(pairs)
         refused: list[RefusedRow] = []
         counts = count_texts(_usable(reader, refused))
         rows, usable = len(counts.lengths) + len(refused), len(counts.lengths)
@@ -83,7 +81,7 @@ def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> 
         print("\n".join(preview(shown, tokenizer, facts.end_id)), end="\n\n" if shown else "")
         sources = [tokenized_source(dataset) for dataset in datasets]
     else:
-        sources = [text_source(_reader(file)) for file in files]
+        sources = [text_source(reader_of(file)) for file in files]
     counts = [len(source.origins) for source in sources]
     places, trained = range(sum(counts)), sum(counts[: len(training)])
     report = lint_pairs(
@@ -154,13 +152,6 @@ def _tokenized(pairs: PairFileOptions, tokens: TokenOptions, tokenizer: Any) -> 
         max_prompt_length=tokens.max_prompt_length,
         bad_rows="skip",
     )
-
-
-def _reader(pairs: PairFileOptions) -> PairReader:
-    if pairs.dataset_format != "auto":
-        check_format(pairs.dataset_format)
-    names = ColumnNames(pairs.prompt_key, pairs.chosen_key, pairs.rejected_key)
-    return PairReader(open_source(pairs.file, split=pairs.split, revision=pairs.revision), pairs.dataset_format, names)
 
 
 def _usable(reader: PairReader, refused: list[RefusedRow]) -> Iterator[PreferencePair]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_dpo.cli import main
-from qlora_dpo.config.data import ConvertOptions
+from qlora_dpo.config.data import ConvertOptions, PairFileOptions
 from qlora_dpo.config.values import Names
 from qlora_dpo.data.convert import DROPS, convert
 from qlora_dpo.data.files import writers
@@ -52,8 +52,10 @@ def pairs_of(path: Path, name: str = "auto") -> list[PreferencePair]:
     return pairs
 
 
-def options(file: str | Path, to: str, output: Path, **more: Any) -> ConvertOptions:
-    return ConvertOptions(str(file), to, output, **more)
+def converted(file: str | Path, to: str, output: Path, **more: Any) -> None:
+    """What the command does with these options."""
+    about_pairs = {name: more.pop(name) for name in ("dataset_format", "split") if name in more}
+    convert(PairFileOptions(str(file), **about_pairs), ConvertOptions(to, output, **more))
 
 
 @pytest.fixture
@@ -72,8 +74,8 @@ def test_every_format_goes_through_every_kind_of_file_and_back(
         pytest.skip("a CSV file holds text only")
     start = Path(write_jsonl(rows_as("plaintext", PAIRS)))
     there, back = out(suffix), out(".jsonl")
-    convert(options(start, name, there))
-    convert(options(there, "plaintext", back))
+    converted(start, name, there)
+    converted(there, "plaintext", back)
     assert pairs_of(there) == pairs_of(back) == pairs_of(start)
 
 
@@ -86,8 +88,8 @@ def test_turns_and_system_prompts_come_back_the_same(
     pairs += [PreferencePair("q", "x", "y")]
     start = Path(write_jsonl(rows_as("messages", pairs)))
     there, back = out(suffix), out(".jsonl")
-    convert(options(start, name, there))
-    convert(options(there, "messages", back))
+    converted(start, name, there)
+    converted(there, "messages", back)
     assert pairs_of(there) == pairs_of(back) == pairs_of(start)
 
 
@@ -95,7 +97,7 @@ def test_turns_and_system_prompts_come_back_the_same(
 def test_log_probs_stay_in_opendpo(write_jsonl: Callable[..., str], out: Callable[[str], Path], suffix: str) -> None:
     pairs = [PreferencePair("q", "x", "y", reference_logps=(-1.5, -115.16470484400884)), PreferencePair("q", "x", "y")]
     start, there = Path(write_jsonl(rows_as("opendpo", pairs))), out(suffix)
-    convert(options(start, "opendpo", there))
+    converted(start, "opendpo", there)
     assert [pair.reference_logps for pair in pairs_of(there)] == [pair.reference_logps for pair in pairs]
 
 
@@ -105,7 +107,7 @@ def test_more_rows_than_a_batch_are_all_written(
     monkeypatch.setattr(writers, "_PARQUET_ROWS", 3)
     start = Path(write_jsonl({"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(8)))
     there = out(".parquet")
-    convert(options(start, "sharegpt", there))
+    converted(start, "sharegpt", there)
     assert pairs_of(there) == pairs_of(start)
 
 
@@ -125,9 +127,9 @@ def test_what_has_no_place_is_lost_only_when_asked(
     start = write_jsonl(rows_as("opendpo", [pair]))
     others = Names([name for name in DROPS if name != drop])
     with pytest.raises(DataError, match=rf"no place for {words}.*\(--drop {drop}\)"):
-        convert(options(start, to, out(".jsonl"), drop=others))
+        converted(start, to, out(".jsonl"), drop=others)
     written = out(".jsonl")
-    convert(options(start, to, written, drop=Names(list(DROPS))))
+    converted(start, to, written, drop=Names(list(DROPS)))
     assert len(pairs_of(written)) == 1
     assert capsys.readouterr().out.count("dropped:") == 1
 
@@ -135,7 +137,7 @@ def test_what_has_no_place_is_lost_only_when_asked(
 def test_nothing_is_dropped_that_has_a_place(write_jsonl: Callable[..., str], out: Callable[[str], Path]) -> None:
     pair = PreferencePair((SYSTEM, *TURNS), "x ", "y", reference_logps=(-1.0, -2.0))
     start, there = write_jsonl(rows_as("opendpo", [pair])), out(".jsonl")
-    convert(options(start, "alpaca", there, drop=Names(list(DROPS))))
+    converted(start, "alpaca", there, drop=Names(list(DROPS)))
     (row,) = [row.values for row in read_rows(str(there)) if isinstance(row, Row)]
     assert row["system"] == "s" and row["history"] == [["a", "b"]] and row["chosen"] == "x "
 
@@ -145,9 +147,9 @@ def test_earlier_turns_have_no_place_in_csv(write_jsonl: Callable[..., str], out
     with pytest.raises(
         DataError, match=r"history: the format has no place for a list in a CSV file \(--drop history\)"
     ):
-        convert(options(start, "alpaca", out(".csv")))
+        converted(start, "alpaca", out(".csv"))
     there = out(".csv")
-    convert(options(start, "alpaca", there, drop=Names("history")))
+    converted(start, "alpaca", there, drop=Names("history"))
     (pair,) = pairs_of(there)
     assert [message["content"] for message in pair.messages] == ["s", "c"]
 
@@ -165,7 +167,7 @@ def test_bad_rows_stop_it_and_leave_the_old_file(write_jsonl: Callable[..., str]
     start, there = write_jsonl(BAD), out(".jsonl")
     there.write_text("old")
     with pytest.raises(DataError) as error:
-        convert(options(start, "hh-rlhf", there))
+        converted(start, "hh-rlhf", there)
     assert "3 of 5 rows" in str(error.value) and "write the other 2 with --bad_rows skip" in str(error.value)
     for place in (f"{start}:2: json: ", f"{start}:3: rejected: the same answer as chosen", f"{start}:5: text: "):
         assert place in str(error.value)
@@ -179,13 +181,13 @@ def test_bad_rows_can_be_left_out_and_are_counted(
     write_jsonl: Callable[..., str], out: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     start, there = write_jsonl(BAD), out(".json")
-    convert(options(start, "hh-rlhf", there, bad_rows="skip"))
+    converted(start, "hh-rlhf", there, bad_rows="skip")
     printed = capsys.readouterr().out
     assert f"{start}: 2 pairs from 5 rows (plaintext) are in {there} (hh-rlhf)" in printed
     assert f"refused: 3 rows, listed in {there}.refused" in printed
     assert "1 x text: the format has no place for white space around a turn\n" in printed
     assert len(pairs_of(there)) == 2
-    convert(options(write_jsonl(BAD[:1]), "hh-rlhf", there))
+    converted(write_jsonl(BAD[:1]), "hh-rlhf", there)
     assert not Path(f"{there}.refused").exists()
 
 
@@ -194,13 +196,13 @@ def test_repairs_are_counted(
 ) -> None:
     before = "\n\nHuman: a\n\nHuman: b\n\nAssistant: "
     start = write_jsonl([{"chosen": before + "x", "rejected": before + "y"}])
-    convert(options(start, "messages", out(".jsonl")))
+    converted(start, "messages", out(".jsonl"))
     assert "repaired: 1 x two turns in a row" in capsys.readouterr().out
 
 
 def test_when_no_row_can_be_written_it_says_so(write_jsonl: Callable[..., str], out: Callable[[str], Path]) -> None:
     with pytest.raises(DataError, match="2 of 2 rows"):
-        convert(options(write_jsonl(BAD[1:3]), "messages", out(".jsonl"), dataset_format="plaintext", bad_rows="skip"))
+        converted(write_jsonl(BAD[1:3]), "messages", out(".jsonl"), dataset_format="plaintext", bad_rows="skip")
 
 
 def test_what_cannot_work_is_refused_by_name(write_jsonl: Callable[..., str], out: Callable[[str], Path]) -> None:
@@ -216,13 +218,13 @@ def test_what_cannot_work_is_refused_by_name(write_jsonl: Callable[..., str], ou
     ):
         values = {"file": start, "to": "messages", "output": out(".jsonl"), **change}
         with pytest.raises(UsageError, match=words):
-            convert(ConvertOptions(**values))
+            converted(**values)
 
 
 def test_an_output_within_the_source_folder_is_refused(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     write_jsonl(BAD[:1])
     with pytest.raises(UsageError, match="where the rows come from"):
-        convert(options(tmp_path, "messages", tmp_path / "sub.jsonl"))
+        converted(tmp_path, "messages", tmp_path / "sub.jsonl")
 
 
 def test_the_command_reads_named_columns(
@@ -240,9 +242,9 @@ def test_the_command_reads_named_columns(
 @pytest.mark.parametrize("name", ["belle_pairs_hh.jsonl", "hh_rlhf_harmless_600.jsonl"])
 def test_real_rows_come_back_the_same(shared_data: Path, out: Callable[[str], Path], name: str) -> None:
     first, back = out(".jsonl"), out(".jsonl")
-    convert(options(shared_data / name, "hh-rlhf", first, bad_rows="skip"))
+    converted(shared_data / name, "hh-rlhf", first, bad_rows="skip")
     for to, suffix in (("opendpo", ".parquet"), ("sharegpt", ".json"), ("messages", ".jsonl"), ("alpaca", ".jsonl")):
         there = out(suffix)
-        convert(options(first, to, there))
-        convert(options(there, "hh-rlhf", back))
+        converted(first, to, there)
+        converted(there, "hh-rlhf", back)
         assert back.read_bytes() == first.read_bytes()

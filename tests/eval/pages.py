@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -53,6 +54,8 @@ def serving(page: Page, auth: tuple[str, str] | None = None) -> Iterator[str]:
         yield launch(blocks, host="127.0.0.1", port=0, auth=auth).rstrip("/")
     finally:
         blocks.close(verbose=False)
+        del blocks
+        gc.collect()  # what Gradio leaves open is noticed here, where it is expected, and not when pytest ends
 
 
 @contextmanager
