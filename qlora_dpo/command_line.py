@@ -127,13 +127,18 @@ def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
     from jsonargparse.typing import register_type
 
+    from qlora_dpo.help_text import HelpFormatter, usage_of
+
     for kind in (Names, Numbers):
         register_type(kind, serializer=list, deserializer=kind, fail_already_registered=False)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=f"python -m {program}", description=command.summary, parser_mode="omegaconf", exit_on_error=False
+        prog=f"python -m {program}", usage=usage_of(program, command.positional), description=command.summary,
+        formatter_class=HelpFormatter, parser_mode="omegaconf", exit_on_error=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", metavar="PATH", action="config", help="YAML file of options; the command line wins."
     )
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line wins.")
     for group in command.options:
         parser.add_class_arguments(group)
     kinds = {option.name: str(option.type) for group in command.options for option in fields(group)}

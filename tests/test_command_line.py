@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from eval.cli import COMMANDS as EVAL_COMMANDS
+from qlora_dpo.cli import COMMANDS as TOOL_COMMANDS
 from qlora_dpo.command_line import Command, run_commands
 
 
@@ -64,3 +66,25 @@ def test_what_cannot_be_understood_is_said(line: str, words: list[str], capsys: 
     assert run_commands("x", COMMANDS, line.split()) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("name", [*TOOL_COMMANDS, *EVAL_COMMANDS])
+def test_help_speaks_of_values_and_not_of_types(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, commands = ("qlora_dpo", TOOL_COMMANDS) if name in TOOL_COMMANDS else ("eval", EVAL_COMMANDS)
+    with pytest.raises(SystemExit):
+        run_commands(program, commands, [*name.split(), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    takes = " ".join([name, *(word.upper() for word in commands[name].positional)])
+    assert said.startswith(f"usage: python -m {program} {takes} [options] {commands[name].summary}")
+    for word in ("type:", "<class", "null)", "None)", "Literal", "True)", "False)", "()", "SUPPRESS"):
+        assert word not in said, word
+
+
+def test_help_of_an_option_says_kind_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_commands("qlora_dpo", TOOL_COMMANDS, ["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--lora_r N Rank. (default: 64)" in said
+    assert "--output_dir PATH" in said and "--learning_rate X" in said and "--max_train_samples N" in said
+    assert "--lora_target_modules NAMES" in said and "(default: all-linear)" in said
+    assert "--fresh {true,false}" in said and "(default: false)" in said

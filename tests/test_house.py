@@ -33,6 +33,7 @@ FLOORS = [
     "release",
     "labeling",
     "demo",
+    "help_text",
     "command_line",
     "cli",
 ]
