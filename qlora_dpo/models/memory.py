@@ -34,28 +34,32 @@ OPTIMIZER_BYTES = {
     "paged_adamw_32bit": 8.0,
 }
 META = torch.device("meta")
-_COUNTED: tuple[Level, ...] = ("none", "selective", "full")  # offload follows from full
+COUNTED: tuple[Level, ...] = ("none", "selective", "full")  # offload follows from full
 
 
 @dataclass(frozen=True)
 class Activations:
     """What one micro-batch of `tokens` tokens holds.
 
-    `layers[level][n]` is what layer n keeps for its backward pass, `outside` what embedding, last norm and log-probs
-    keep, `working[level]` the most that is held beyond that at any moment, `head_tile` the part of it that the
-    log-probs take alone. `host` is the CPU memory of one layer under `offload`.
+    `layers[level][n]` is what layer n keeps for its backward pass, `outside[level]` what embedding, last norm and
+    log-probs keep, `working[level]` the most that is held beyond that at any moment, `head_tile` the part of it that
+    the log-probs take alone. `host` is the CPU memory of one layer under `offload`.
     """
 
     tokens: int
     layers: Mapping[Level, tuple[int, ...]]
-    outside: int
+    outside: Mapping[Level, int]
     working: Mapping[Level, int]
     head_tile: int
     host: int
 
     def kept(self, levels: Sequence[Level]) -> int:
         """Bytes alive when the backward pass begins, with one level per layer."""
-        return self.outside + sum(self.layers[level][number] for number, level in enumerate(levels))
+        return self.kept_outside(levels) + sum(self.layers[level][number] for number, level in enumerate(levels))
+
+    def kept_outside(self, levels: Sequence[Level]) -> int:
+        """The part of it that no layer keeps."""
+        return max(self.outside[level] for level in levels)
 
     def peak(self, levels: Sequence[Level]) -> int:
         """The most that is held at once: each layer's backward works on top of what the layers up to it keep."""
@@ -67,8 +71,10 @@ class Activations:
         return peak
 
 
-def count_activations(skeleton: Skeleton, samples: Sequence[Sample], kind: LayoutKind, device_type: str) -> Activations:
-    """Follow one micro-batch of these samples at each level, as a device of that type would run it.
+def count_activations(
+    skeleton: Skeleton, samples: Sequence[Sample], kind: LayoutKind, device_type: str, levels: Sequence[Level] = COUNTED
+) -> Activations:
+    """Follow one micro-batch of these samples at each of these levels, as a device of that type would run it.
 
     Raises:
         ModelError: the architecture cannot run in this layout, or needs data in its forward pass.
@@ -79,7 +85,7 @@ def count_activations(skeleton: Skeleton, samples: Sequence[Sample], kind: Layou
     try:
         for batch in _on_meta(pack(samples, kind)) if reasons == [None] else []:
             try:
-                return _count(skeleton, batch, kind, device_type)
+                return _count(skeleton, batch, kind, device_type, levels)
             except Exception as error:  # whatever the architecture's code raises without data
                 reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     finally:
@@ -103,21 +109,24 @@ def _on_meta(batch: PackedBatch) -> list[PackedBatch]:
     return [replace(batch, attention_mask=torch.ones(rows, 1, width, width, dtype=torch.bool, device=META)), batch]
 
 
-def _count(skeleton: Skeleton, batch: PackedBatch, kind: LayoutKind, device_type: str) -> Activations:
+def _count(
+    skeleton: Skeleton, batch: PackedBatch, kind: LayoutKind, device_type: str, levels: Sequence[Level]
+) -> Activations:
     head = _Head.on(skeleton, device_type)
     with _as_on_a_device(keep_masks=device_type == "cpu" or kind == "padded"):
         head_tile = _count_head(head, batch, skeleton)
         passes = {
             level: [_count_pass(skeleton, number, batch, head, kind, level) for number in range(len(skeleton.samples))]
-            for level in _COUNTED
+            for level in levels
         }
     layers = {level: tuple(counted[number].layer for number in skeleton.kinds) for level, counted in passes.items()}
     working = {level: max(one.working for one in counted) for level, counted in passes.items()}
+    outside = {level: max(one.outside for one in counted) for level, counted in passes.items()}
     host = batch.input_ids.numel() * _hidden_size(skeleton) * skeleton.dtype.itemsize
-    if device_type != "cpu":
+    if "full" in levels and device_type != "cpu":
         layers["offload"] = tuple(max(0, layer - host) for layer in layers["full"])
+        outside["offload"] = outside["full"]
         working["offload"] = working["full"] + host  # one layer's input comes back
-    outside = max(one.outside for counted in passes.values() for one in counted)
     return Activations(batch.input_ids.numel(), layers, outside, working, head_tile, host)
 
 

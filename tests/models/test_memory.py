@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_peak_of_a_mixture_counts_what_is_alive_then() -> None:
     counted = Activations(
         tokens=1,
         layers={"none": (100, 100), "full": (10, 10)},
-        outside=5,
+        outside={"none": 5, "full": 5},
         working={"none": 20, "full": 120},
         head_tile=0,
         host=0,
@@ -200,3 +201,5 @@ def test_peak_of_a_mixture_counts_what_is_alive_then() -> None:
     assert counted.peak(("none", "none")) == 205 + 20
     assert counted.peak(("full", "none")) == 115 + 20  # the second layer's 100 are free when the first runs again
     assert counted.peak(("none", "full")) == 115 + 120
+    more = replace(counted, outside={"none": 5, "full": 8})
+    assert more.kept(("none", "none")) == 205 and more.kept(("full", "none")) == 118

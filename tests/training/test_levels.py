@@ -17,12 +17,14 @@ from qlora_dpo.config.training import TrainConfig
 from qlora_dpo.data.packing import LayoutKind, batch_cost, cut, pack
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import LEVELS, Level
-from qlora_dpo.models.memory import Activations
+from qlora_dpo.models.memory import Activations, count_activations
+from qlora_dpo.models.skeleton import build_skeleton
 from qlora_dpo.training.data import load_training_data
 from qlora_dpo.training.memory import levels as module
 from qlora_dpo.training.memory.levels import (
     PairLengths,
     choose_levels,
+    count_as_needed,
     describe,
     largest_micro_batch,
     lengths_of,
@@ -39,7 +41,7 @@ def counted(layers: int = 4, levels: Sequence[str] = LEVELS) -> Activations:
     return Activations(
         tokens=1,
         layers={level: (KEPT[level],) * layers for level in levels},  # type: ignore[misc]
-        outside=50,
+        outside=dict.fromkeys(levels, 50),  # type: ignore[arg-type]
         working=dict.fromkeys(levels, 20),  # type: ignore[arg-type]
         head_tile=0,
         host=10,
@@ -131,6 +133,22 @@ def test_run_gets_what_fits(
     monkeypatch.setattr(module, "available_cpu_memory", lambda: 0)
     assert levels_of_run(config, policy, "shared", data, CPU) == ("full", "full")
     assert "more than is free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_what_is_counted_as_needed_leads_to_the_same_choice(device_type: str) -> None:
+    config = tiny_model().config
+    skeleton = build_skeleton(config, quantization=None, dtype=torch.float32, r=4, target_modules=["all-linear"])
+    pairs = random_pairs([(30, 20, 20)] * 4)
+    whole = count_activations(skeleton, pairs, "shared", device_type)
+    most = whole.peak(("none",) * len(skeleton.kinds))
+    chosen = set()
+    for free in (0, whole.peak(("full",) * len(skeleton.kinds)), most - 1, most, 2 * most):
+        counted = count_as_needed(skeleton, pairs, "shared", device_type, free)
+        assert choose_levels(counted, free) == choose_levels(whole, free)
+        assert counted.layers.keys() == ({"none"} if free >= most else whole.layers.keys())
+        chosen.add(choose_levels(counted, free))
+    assert len(chosen) > 2
 
 
 def test_level_that_was_asked_for_is_taken(model_folder: Path, pairs_file: Path) -> None:

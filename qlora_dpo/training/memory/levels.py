@@ -206,12 +206,12 @@ def levels_of_run(
             raise ModelError(f"{type(base).__name__} has layers outside its decoder. Set --activation_checkpointing.")
         lengths = lengths_of(data, data.train)
         tokens = largest_micro_batch(lengths, kind, asked_tokens(config, device.type), config.pairs_per_step)
-        counted = count_activations(skeleton, lengths.made(tokens, kind), kind, device.type)
+        free = free_after_loading(device)
+        free -= sum(trained_bytes(skeleton, optimizer_name(config.training.optim, device.type)))
+        counted = count_as_needed(skeleton, lengths.made(tokens, kind), kind, device.type, free)
     except ModelError as error:
         print(f"Activation checkpointing: {UNCOUNTED}; {error}", file=sys.stderr)
         return UNCOUNTED
-    free = free_after_loading(device)
-    free -= sum(trained_bytes(skeleton, optimizer_name(config.training.optim, device.type)))
     levels = choose_levels(counted, free)
     peak = counted.peak(levels)
     print(
@@ -222,6 +222,21 @@ def levels_of_run(
     if peak > free:
         print("That is more than is free: smaller micro-batches or a smaller --lora_r may be needed.", file=sys.stderr)
     return levels
+
+
+def count_as_needed(
+    skeleton: Skeleton, samples: Sequence[Sample], kind: LayoutKind, device_type: str, free: float
+) -> Activations:
+    """The activations without checkpointing, and at the other levels only where those do not fit into `free` bytes.
+
+    Raises:
+        ModelError: they cannot be counted.
+    """
+    counted = count_activations(skeleton, samples, kind, device_type, ("none",))
+    everything: tuple[Level, ...] = ("none",) * len(skeleton.kinds)
+    if counted.peak(everything) <= free:
+        return counted
+    return count_activations(skeleton, samples, kind, device_type)
 
 
 def list_of_targets(target_modules: Any) -> list[str]:

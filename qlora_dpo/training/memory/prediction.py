@@ -73,9 +73,9 @@ class MemoryPlan:
         """Bytes by what holds them; their sum is what the machine must have."""
         rows = dict(self.fixed)
         if self.counted is not None:
-            kept = self.counted.kept(self.levels)
-            rows["activations of the layers"] = kept - self.counted.outside
-            rows["embeddings, last norm, log-probs"] = self.counted.outside
+            kept, outside = self.counted.kept(self.levels), self.counted.kept_outside(self.levels)
+            rows["activations of the layers"] = kept - outside
+            rows["embeddings, last norm, log-probs"] = outside
             rows["working set of one layer"] = self.counted.peak(self.levels) - kept
         return rows
 

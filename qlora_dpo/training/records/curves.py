@@ -39,15 +39,21 @@ def draw_curves(metrics_file: Path, output: Path, objective: str = "dpo") -> Non
 
     rows = read_metrics(metrics_file)
     prefix = shown_prefix(rows)
-    figure = Figure(figsize=(12, 6.5 if prefix is None else 9.75), layout="constrained")
+    rows_of_panels = 2 if prefix is None else 3
+    figure = Figure(figsize=(12, 3.25 * rows_of_panels))
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2 if prefix is None else 3, 3)
+    # Fixed places: a layout that is computed draws everything twice.
+    edge = 0.3 / rows_of_panels
+    grid = figure.add_gridspec(
+        rows_of_panels, 3, left=0.06, right=0.985, wspace=0.22, bottom=edge, top=1 - edge / 2, hspace=0.4
+    )
     for place, (title, names, line) in enumerate(PANELS[objective]):
         axes = figure.add_subplot(grid[place // 3, place % 3])
         for name in names:
             _draw_series(axes, rows, name)
         if line:
             axes.axhline(line[0], color="0.6", linewidth=1, linestyle="--", label=line[1] or None)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.2)
