@@ -232,9 +232,9 @@ def count_as_needed(
     Raises:
         ModelError: they cannot be counted.
     """
-    counted = count_activations(skeleton, samples, kind, device_type, ("none",))
-    everything: tuple[Level, ...] = ("none",) * len(skeleton.kinds)
-    if counted.peak(everything) <= free:
+    generous: Level = "none"
+    counted = count_activations(skeleton, samples, kind, device_type, [generous])
+    if counted.peak([generous] * len(skeleton.kinds)) <= free:
         return counted
     return count_activations(skeleton, samples, kind, device_type)
 
