@@ -31,7 +31,7 @@ from qlora_dpo.models.loading import choose_device
 from qlora_dpo.models.lora import add_frozen_reference, load_adapter
 from qlora_dpo.scoring.adapter import ScoredAdapter, check_fit, open_adapter, tokenizer_of
 from qlora_dpo.training.folder.content import base_fingerprint, weights_fingerprint
-from qlora_dpo.training.train import load_base_of
+from qlora_dpo.training.policy import load_base_of
 
 LONGEST_PROMPT, LONGEST_ANSWER = 1024, 256  # tokens, for an adapter of no run
 _OF_MODEL = {option.name for option in fields(ModelOptions)}

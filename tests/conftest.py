@@ -16,6 +16,9 @@ import pytest
 import torch
 from tiny import random_pairs, tiny_model, tiny_tokenizer
 
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, where it is installed, warns of what it has to find out
+
 # A shell ignores SIGINT in what it starts with `&`, and children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -219,7 +219,7 @@ def test_plan_says_that_the_recipe_fits_its_card(
     rows = [row(fit.recipe, number, fit.lengths) for number in range(PAIRS)]
     rows += [row(fit.recipe, PAIRS, (2, most + 10, most + 10))]
     tiny_config(**fit.shape).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("qlora_dpo.training.train.load_tokenizer", lambda *_: tiny_tokenizer())  # one token per word
+    monkeypatch.setattr("qlora_dpo.training.policy.load_tokenizer", lambda *_: tiny_tokenizer())  # one token per word
     monkeypatch.setenv("MODEL_PATH", str(tmp_path / "model"))
     monkeypatch.setenv("DATASET_PATH", str(write_data(tmp_path, fit.recipe, rows)))
     command = ["plan", "--config", str(RECIPES / f"{fit.recipe}.yaml"), "--gpu_memory", str(fit.card), *fit.options]

@@ -24,8 +24,9 @@ from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import add_adapter
 from qlora_dpo.training.folder.run_folder import RunFolder, write_atomically
 from qlora_dpo.training.parallel.launching import is_launched
+from qlora_dpo.training.policy import pair_tokenizer
 from qlora_dpo.training.records.tracking import read_metrics
-from qlora_dpo.training.train import Trained, open_run, pair_tokenizer, train, train_in
+from qlora_dpo.training.train import Trained, open_run, train, train_in
 from qlora_dpo.training.trained_on import load_trained
 
 BASE = Path(__file__).parent / "base"

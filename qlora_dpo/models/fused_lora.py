@@ -10,6 +10,7 @@ and backward keeps only the input, which the layers that read the same input sha
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -94,10 +95,11 @@ def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    if isinstance(layer, Linear4bit):
-        packed: Any = layer.weight
-        state = getattr(packed, "quant_state", None) or layer.quant_state  # FSDP gathers the bytes alone
-        weight: Tensor = dequantize_4bit(packed.data, state)
-        return weight.to(dtype)
-    plain: Tensor = layer.weight
-    return plain.to(dtype)
+    with getattr(layer, "gathered", nullcontext)():  # ZeRO-3 holds a part of it
+        if isinstance(layer, Linear4bit):
+            packed: Any = layer.weight
+            state = getattr(packed, "quant_state", None) or layer.quant_state  # FSDP gathers the bytes alone
+            weight: Tensor = dequantize_4bit(packed.data, state)
+        else:
+            weight = layer.weight.data
+    return weight.to(dtype)

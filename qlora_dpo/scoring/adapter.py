@@ -17,7 +17,7 @@ from qlora_dpo.models.lora import check_adapter_folder
 from qlora_dpo.training.folder.checkpoints import newest_valid
 from qlora_dpo.training.folder.content import base_fingerprint
 from qlora_dpo.training.folder.run_folder import CONFIG, STATUS, RunFolder
-from qlora_dpo.training.train import load_training_tokenizer
+from qlora_dpo.training.policy import load_training_tokenizer
 
 NONE = "none"
 

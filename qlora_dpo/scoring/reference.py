@@ -35,6 +35,7 @@ from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.linting import lint_training_data
 from qlora_dpo.training.memory.device_memory import DeviceMemory, device_memory
 from qlora_dpo.training.memory.preflight import LARGE, SMALL, fitting_budget
+from qlora_dpo.training.policy import load_policy, load_training_tokenizer
 from qlora_dpo.training.referencing import (
     Recomputed,
     brief,
@@ -44,7 +45,6 @@ from qlora_dpo.training.referencing import (
     measured_drift,
     refuse_unusable_store,
 )
-from qlora_dpo.training.train import load_policy, load_training_tokenizer
 
 ON_CPU = 8192  # tokens of a micro-batch
 

@@ -33,8 +33,8 @@ from qlora_dpo.scoring.reference import load_reference, local_compute
 from qlora_dpo.scoring.report import ScoreReport
 from qlora_dpo.scoring.rows import ScoredRows, refuse_output, worst_lines
 from qlora_dpo.training.data import load_training_data
+from qlora_dpo.training.policy import load_base_of
 from qlora_dpo.training.referencing import default_store, identity_by_files, refuse_unusable_store
-from qlora_dpo.training.train import load_base_of
 
 REFERENCE, POLICY = "reference", "policy"
 

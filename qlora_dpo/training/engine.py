@@ -146,7 +146,7 @@ class Engine:
             pause()
             return
         self.ranks.together(pause)  # in the same place, because no pass through the model can be left by one alone
-        from qlora_dpo.training.parallel.sharded import synchronize
+        from qlora_dpo.training.parallel.fsdp import synchronize
 
         synchronize(self.model, is_last)
 

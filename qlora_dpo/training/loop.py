@@ -211,7 +211,7 @@ def update(training: Training, metrics: Metrics, indices: Sequence[int]) -> Metr
     """
     learning_rate = float(training.scheduler.get_last_lr()[0])
     norm: Any = nn.utils.clip_grad_norm_(training.parameters, training.options.max_grad_norm)
-    grad_norm = float(norm.full_tensor() if training.engine.ranks.is_sharded else norm)
+    grad_norm = float(norm.full_tensor() if training.engine.ranks.shards_adapter else norm)
     is_finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if is_finite:
         training.optimizer.step()

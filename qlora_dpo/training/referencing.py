@@ -61,7 +61,10 @@ def reference_of_run(
             )
         check_drift(config, recomputed, reference, known)
         if ranks.is_sharded:
-            print("reference: with FSDP the store is read and not written; `reference` fills it.", file=sys.stderr)
+            print(
+                "reference: with a sharded base the store is read and not written; `reference` fills it.",
+                file=sys.stderr,
+            )
             yield with_row_logps(config, data, recomputed, ReferenceLogps(score, in_memory(reference, known)))
             return
         try:

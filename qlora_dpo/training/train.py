@@ -13,24 +13,17 @@ from typing import Any
 import torch
 
 from qlora_dpo import __version__
-from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
-from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.config.training import TrainConfig, quantization_of
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.environment import describe
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
-from qlora_dpo.models.loading import commit_of, load_base, load_tokenizer, out_of_memory
+from qlora_dpo.models.loading import out_of_memory
 from qlora_dpo.models.lora import (
-    POLICY,
-    adapter_weights,
-    add_adapter,
-    add_frozen_reference,
     has_dropout,
-    load_adapter,
     save_adapter,
-    trainable_parameters,
 )
 from qlora_dpo.models.scoring import choose_scorer
 from qlora_dpo.objectives.objective import Objective, make_objective
@@ -56,6 +49,8 @@ from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
 from qlora_dpo.training.parallel.asked import pairs_of_a_step, refuse_unshardable
 from qlora_dpo.training.parallel.launching import joined
 from qlora_dpo.training.parallel.ranks import ALONE, Ranks
+from qlora_dpo.training.parallel.sharding import shard_policy, whole_adapter
+from qlora_dpo.training.policy import load_policy, load_training_tokenizer, pair_tokenizer
 from qlora_dpo.training.records.curves import draw_curves
 from qlora_dpo.training.records.model_card import write_model_card
 from qlora_dpo.training.records.trackers import start_trackers
@@ -95,7 +90,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
         print(f"{run.path} is finished; --fresh starts it anew.", file=sys.stderr)
         return None
     if ranks.is_sharded:
-        refuse_unshardable(config)
+        refuse_unshardable(config, ranks)
     tokenizer = load_training_tokenizer(config)
     data = ranks.main_first(lambda: load_training_data(config.data, tokenizer, config.training.seed))
     print("\n".join(data.summary()), file=sys.stderr)
@@ -111,11 +106,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
         fuse_lora(model)
         make_lean(model)
         if ranks.is_sharded:
-            from qlora_dpo.training.parallel.sharded import shard
-
-            start = [float(parameter.double().sum()) for parameter in trainable_parameters(model)]
-            ranks.refuse_differences(start, "an adapter to start from")
-            shard(model, device, ranks.count)
+            shard_policy(model, device, ranks)
         scorer = choose_scorer(model, data.pairs[data.train[0]], device)
         ranks.refuse_differences((scorer.kind, scorer.head is None), "a way of scoring")
         set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
@@ -133,11 +124,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
                 fit(training)
     except torch.OutOfMemoryError as error:
         raise out_of_memory("training", device) from error
-    weights = None
-    if ranks.is_sharded:
-        from qlora_dpo.training.parallel.sharded import whole
-
-        weights = whole(adapter_weights(model))
+    weights = whole_adapter(model, ranks)
     ranks.on_main(lambda: finish(config, run, model, tokenizer, data, weights))
     return Trained(run, model, tokenizer, pair_tokenizer(config, tokenizer))
 
@@ -176,49 +163,6 @@ def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[RunFolder]:
         yield ranks.on_main(lambda: stack.enter_context(held))
 
 
-def load_training_tokenizer(config: TrainConfig) -> Any:
-    """The base's tokenizer with the prompt template of this run as its chat template."""
-    assert config.model.model_name_or_path is not None
-    tokenizer = load_tokenizer(
-        config.model.model_name_or_path, config.model.model_revision, config.model.trust_remote_code
-    )
-    apply_prompt_template(tokenizer, config.data.prompt_template)
-    return tokenizer
-
-
-def load_policy(config: TrainConfig, device: torch.device) -> Any:
-    """The quantized base with the policy's adapter, and the reference's where that is an adapter too."""
-    name = str(config.model.model_name_or_path)
-    base = load_base_of(config.model, device)
-    if config.model.reference_model in (None, name):
-        lora = config.lora
-        model = add_adapter(
-            base, r=lora.lora_r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
-            target_modules=lora.lora_target_modules, seed=config.training.seed,
-        )  # fmt: skip
-    else:
-        folder = Path(str(config.model.reference_model))
-        model = load_adapter(base, folder, trainable=True)
-        add_frozen_reference(model, folder)
-    # What a reader of adapter_config.json needs to find this base again: a Hub id with its commit, or a full path.
-    is_local = Path(name).is_dir()
-    model.peft_config[POLICY].base_model_name_or_path = str(Path(name).resolve()) if is_local else name
-    model.peft_config[POLICY].revision = None if is_local else commit_of(base.config)
-    return model
-
-
-def load_base_of(model: ModelOptions, device: torch.device) -> Any:
-    """The base as these options quantize it."""
-    return load_base(
-        str(model.model_name_or_path),
-        device=device,
-        revision=model.model_revision,
-        quantization=quantization_of(model),
-        dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
 def prepare(
     config: TrainConfig, run: RunFolder, engine: Engine, tokenizer: Any, data: TrainingData, stop: StopFlag
 ) -> Training:
@@ -241,7 +185,7 @@ def prepare(
     )  # fmt: skip
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
-        "adamw_torch" if ranks.is_sharded else options.optim,
+        "adamw_torch" if ranks.shards_adapter else options.optim,
         parameters,
         engine.device,
         lr=options.learning_rate,
@@ -316,10 +260,3 @@ def finish(
         ) from error
     run.update_status(status="finished")
     print(f"Adapter, curves and card are in {run.path}.", file=sys.stderr)
-
-
-def pair_tokenizer(config: TrainConfig, tokenizer: Any) -> PairTokenizer:
-    """The tokenization of this run, for prompts to generate from."""
-    data = config.data
-    longest_prompt = data.max_length - 1 if data.objective == "sft" else data.max_prompt_length
-    return PairTokenizer(tokenizer, data.max_length, longest_prompt)

@@ -16,7 +16,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import load_adapter, save_adapter
-from qlora_dpo.training.train import load_policy
+from qlora_dpo.training.policy import load_policy
 
 CPU = torch.device("cpu")
 

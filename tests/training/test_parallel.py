@@ -335,7 +335,6 @@ def test_what_cannot_be_sharded_is_refused_once(option: tuple[str, ...], options
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp_qlora.yaml"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "no tensor or pipeline parallelism"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "overflow"),
         (FSDP | {"FSDP_VERSION": "1"}, "fsdp_version: 2"),

@@ -73,7 +73,7 @@ def _restore(checkpoint: Path, model: Any, optimizer: Optimizer, scheduler: Sche
             "on the device. Continue on such a device as before, or start anew with --fresh."
         )
     try:
-        if ranks.is_sharded:
+        if ranks.shards_adapter:
             moments = _restore_sharded(checkpoint, model, moments)
         else:
             restore_adapter(model, checkpoint)
@@ -101,10 +101,10 @@ def _restore_sharded(checkpoint: Path, model: Any, moments: dict[str, Any]) -> d
     """Load the adapter's weights; returns the moments, sharded as the adapter is."""
     from safetensors.torch import load_file
 
-    from qlora_dpo.training.parallel import sharded
+    from qlora_dpo.training.parallel import fsdp
 
-    sharded.restore_adapter(model, load_file(checkpoint / "adapter_model.safetensors"))
-    return moments | {"optimizer": sharded.sharded_moments(moments["optimizer"], trainable_parameters(model))}
+    fsdp.restore_adapter(model, load_file(checkpoint / "adapter_model.safetensors"))
+    return moments | {"optimizer": fsdp.sharded_moments(moments["optimizer"], trainable_parameters(model))}
 
 
 def own_rng_states(saved: dict[str, Any], ranks: Ranks, step: int) -> dict[str, Any]:

@@ -130,9 +130,9 @@ class Saver:
         moments: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
         }  # fmt: skip
-        if not self.ranks.is_sharded:
+        if not self.ranks.shards_adapter:
             return Content(moments, states)
-        from qlora_dpo.training.parallel.sharded import whole
+        from qlora_dpo.training.parallel.fsdp import whole
 
         return Content(whole(moments), states, whole(adapter_weights(self.model)))
 

@@ -24,7 +24,7 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
     skeleton = skeleton_of(config, machine)
     data = None
     if config.data.dataset is not None:
-        from qlora_dpo.training.train import load_training_tokenizer
+        from qlora_dpo.training.policy import load_training_tokenizer
 
         data = load_training_data(config.data, load_training_tokenizer(config), config.training.seed)
     lengths = None if data is None else lengths_of(data, data.epoch(0))

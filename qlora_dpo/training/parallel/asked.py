@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 from qlora_dpo.config.training import TrainConfig
 from qlora_dpo.errors import UsageError
 from qlora_dpo.training.engine import Engine
 from qlora_dpo.training.folder.run_folder import RunFolder
+from qlora_dpo.training.parallel.ranks import Ranks
 
 
 def pairs_of_a_step(config: TrainConfig, run: RunFolder, engine: Engine) -> int:
@@ -38,26 +40,30 @@ def pairs_of_a_step(config: TrainConfig, run: RunFolder, engine: Engine) -> int:
     return kept
 
 
-def refuse_unshardable(config: TrainConfig) -> None:
-    """Refuse what cannot be done with a base that is sharded (FSDP).
+def refuse_unshardable(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse what cannot be done with a base that is sharded.
 
     Raises:
-        UsageError: naming the option.
+        UsageError: naming the option, or the package that is missing.
     """
+    if ranks.is_zero3 and find_spec("deepspeed") is None:
+        raise UsageError(
+            "the launcher's config asks for DeepSpeed, which is not installed: pip install 'qlora_dpo[deepspeed]'."
+        )
     model, options = config.model, config.training
     problems = (
         (model.load_in_8bit, "--load_in_8bit: bitsandbytes' 8-bit layers cannot be sharded; use 4 bit"),
         (
-            model.reference_model not in (None, model.model_name_or_path),
+            ranks.shards_adapter and model.reference_model not in (None, model.model_name_or_path),
             "--reference_model: two adapters are switched by module, which sharding forbids; merge it into the base",
         ),
         (options.sample_generate, "--sample_generate: one process cannot generate alone; use `python -m eval compare`"),
         (
-            options.optim not in ("auto", "adamw_torch"),
+            ranks.shards_adapter and options.optim not in ("auto", "adamw_torch"),
             f"--optim {options.optim}: bitsandbytes' optimizers do not know sharded weights; adamw_torch is sharded "
             "itself",
         ),
     )
     for is_asked, problem in problems:
         if is_asked:
-            raise UsageError(f"With FSDP there is no {problem}.")
+            raise UsageError(f"With {'ZeRO-3' if ranks.is_zero3 else 'FSDP'} there is no {problem}.")

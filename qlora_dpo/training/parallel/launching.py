@@ -30,8 +30,6 @@ FAREWELL = 10.0  # seconds that the first process stays so that the others learn
 _OWN_CHECKPOINTING = "layers are chosen by --activation_checkpointing"
 # What a launcher's config can ask for and this loop does not do: variable, value, what to do instead.
 _REFUSED = (
-    ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed owns backward, clipping and checkpoints, which this loop does "
-     "itself: use rlhf/accelerate/fsdp_qlora.yaml, which shards the base as ZeRO-3 does"),
     ("ACCELERATE_USE_MEGATRON_LM", "true", "there is no tensor or pipeline parallelism here: use DDP or FSDP"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "there is no tensor or context parallelism here: use DDP or FSDP"),
     ("ACCELERATE_MIXED_PRECISION", "fp16", "float16 makes DPO's gradients overflow: leave it at `no`, --dtype decides"),
@@ -43,6 +41,21 @@ _REFUSED_WITH_FSDP = (
     ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "set `fsdp_cpu_ram_efficient_loading: false`: every process loads the "
      "base by itself"),
     ("FSDP_ACTIVATION_CHECKPOINTING", "true", f"set `fsdp_activation_checkpointing: false`: {_OWN_CHECKPOINTING}"),
+)  # fmt: skip
+# Of DeepSpeed only ZeRO-3's partitioning of the base is used: variable, what it may be, what to do instead.
+_ALLOWED_WITH_DEEPSPEED = (
+    ("ACCELERATE_DEEPSPEED_CONFIG_FILE", ("none",), "its engine, which such a file configures, is not used: use "
+     "rlhf/accelerate/deepspeed_zero3.yaml as it is"),
+    ("ACCELERATE_DEEPSPEED_ZERO_STAGE", ("3",), "an adapter has hardly any optimizer state to divide: use "
+     "rlhf/accelerate/ddp.yaml, or set `zero_stage: 3`"),
+    ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", ("none",), "set `offload_param_device: none` and use more GPUs"),
+    ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", ("none",), "set `offload_optimizer_device: none`: --optim "
+     "paged_adamw_8bit moves its state to CPU memory where it must"),
+    ("ACCELERATE_DEEPSPEED_ZERO3_INIT", ("false",), "set `zero3_init_flag: false`: every process loads the base by "
+     "itself"),
+    ("ACCELERATE_GRADIENT_CLIPPING", ("none",), "leave `gradient_clipping` out: --max_grad_norm decides"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("none", "1"), "leave `gradient_accumulation_steps` out: the option of "
+     "that name decides"),
 )  # fmt: skip
 
 
@@ -57,18 +70,28 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     Raises:
         UsageError: it asks for what this loop does not do.
     """
-    is_sharded = _says(environment, "ACCELERATE_USE_FSDP", "true")
-    for name, value, instead in (*_REFUSED, *(_REFUSED_WITH_FSDP if is_sharded else ())):
-        if _says(environment, name, value):
-            raise UsageError(f"the launcher's config says {name}={value}, but {instead}.")
+    is_fsdp = _says(environment, "ACCELERATE_USE_FSDP", "true")
+    is_zero3 = _says(environment, "ACCELERATE_USE_DEEPSPEED", "true")
+    refused = [row for row in (*_REFUSED, *(_REFUSED_WITH_FSDP if is_fsdp else ())) if _says(environment, *row[:2])]
+    refused += _refused_of_deepspeed(environment) if is_zero3 else []
+    for name, value, instead in refused:
+        raise UsageError(f"the launcher's config says {name}={value}, but {instead}.")
     if not is_launched(environment):
-        if is_sharded:
+        if is_fsdp or is_zero3:
             raise UsageError(
-                "the launcher's config asks for FSDP, but there is one process: nothing can be sharded. Start more "
-                "(`accelerate launch --num_processes 2`), or leave the config out."
+                f"the launcher's config asks for {'DeepSpeed' if is_zero3 else 'FSDP'}, but there is one process: "
+                "nothing can be sharded. Start more (`accelerate launch --num_processes 2`), or leave the config out."
             )
         return ALONE
-    return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), is_sharded)
+    return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), is_fsdp or is_zero3, is_zero3)
+
+
+def _refused_of_deepspeed(environment: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """What a config of DeepSpeed says that is not done here."""
+    said = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"} | dict(environment)  # accelerate's own default
+    rows = ((name, said.get(name, allowed[0]).lower(), allowed, instead)
+            for name, allowed, instead in _ALLOWED_WITH_DEEPSPEED)  # fmt: skip
+    return [(name, value, instead) for name, value, allowed, instead in rows if value not in allowed]
 
 
 def device_of(ranks: Ranks, use_cpu: bool, environment: Mapping[str, str] = os.environ) -> torch.device:

@@ -31,12 +31,19 @@ class Ranks:
     rank: int = 0
     count: int = 1
     is_sharded: bool = False
-    """Each process holds a part of the base (FSDP), so all must run the same passes through the model."""
+    """Each process holds a part of the base (FSDP, ZeRO-3), so all must run the same passes through the model."""
+    is_zero3: bool = False
+    """DeepSpeed partitions the base, and the adapter is whole."""
 
     @property
     def is_main(self) -> bool:
         """The one that prints and writes the run folder."""
         return self.rank == 0
+
+    @property
+    def shards_adapter(self) -> bool:
+        """Whether each process holds a part of the adapter, too (FSDP)."""
+        return self.is_sharded and not self.is_zero3
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, in their order."""
@@ -100,7 +107,7 @@ class Ranks:
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace the gradient of these by its sum over all processes; FSDP has done so in the backward pass."""
-        if self.count == 1 or self.is_sharded:
+        if self.count == 1 or self.shards_adapter:
             return
         for parameter in parameters:
             if parameter.grad is None:  # a process without a pair in this step
@@ -110,7 +117,7 @@ class Ranks:
 
     def copy_main(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give these the values that they have in the first process, bit by bit; sharded ones are one set already."""
-        if self.count == 1 or self.is_sharded:
+        if self.count == 1 or self.shards_adapter:
             return
         for bucket in _buckets([parameter.data for parameter in parameters]):
             _in_one(bucket, lambda flat: dist.broadcast(flat, src=0))

@@ -1,0 +1,64 @@
+"""The model that is trained and its tokenizer, as the options of a run say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
+from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.tokenization import PairTokenizer
+from qlora_dpo.models.loading import commit_of, load_base, load_tokenizer
+from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter
+
+
+def load_training_tokenizer(config: TrainConfig) -> Any:
+    """The base's tokenizer with the prompt template of this run as its chat template."""
+    assert config.model.model_name_or_path is not None
+    tokenizer = load_tokenizer(
+        config.model.model_name_or_path, config.model.model_revision, config.model.trust_remote_code
+    )
+    apply_prompt_template(tokenizer, config.data.prompt_template)
+    return tokenizer
+
+
+def load_policy(config: TrainConfig, device: torch.device) -> Any:
+    """The quantized base with the policy's adapter, and the reference's where that is an adapter too."""
+    name = str(config.model.model_name_or_path)
+    base = load_base_of(config.model, device)
+    if config.model.reference_model in (None, name):
+        lora = config.lora
+        model = add_adapter(
+            base, r=lora.lora_r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
+            target_modules=lora.lora_target_modules, seed=config.training.seed,
+        )  # fmt: skip
+    else:
+        folder = Path(str(config.model.reference_model))
+        model = load_adapter(base, folder, trainable=True)
+        add_frozen_reference(model, folder)
+    # What a reader of adapter_config.json needs to find this base again: a Hub id with its commit, or a full path.
+    is_local = Path(name).is_dir()
+    model.peft_config[POLICY].base_model_name_or_path = str(Path(name).resolve()) if is_local else name
+    model.peft_config[POLICY].revision = None if is_local else commit_of(base.config)
+    return model
+
+
+def load_base_of(model: ModelOptions, device: torch.device) -> Any:
+    """The base as these options quantize it."""
+    return load_base(
+        str(model.model_name_or_path),
+        device=device,
+        revision=model.model_revision,
+        quantization=quantization_of(model),
+        dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def pair_tokenizer(config: TrainConfig, tokenizer: Any) -> PairTokenizer:
+    """The tokenization of this run, for prompts to generate from."""
+    data = config.data
+    longest_prompt = data.max_length - 1 if data.objective == "sft" else data.max_prompt_length
+    return PairTokenizer(tokenizer, data.max_length, longest_prompt)
