@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from comparisons import row
@@ -232,7 +231,7 @@ def test_the_same_command_again_loads_no_model(compare: Any, tmp_path: Path, mon
 def test_a_comparison_that_was_killed_goes_on_to_the_same_file(run: Path, tmp_path: Path) -> None:
     def command(folder: Path) -> list[str]:
         options = {"adapter": run, "output": folder, "max_new_tokens": LONGEST, "batch_size": 1, "temperature": 1.0}
-        return [sys.executable, "-m", "eval", "compare", *flags(options | {"use_cpu": "true", "kl_samples": 3})]
+        return ["compare", *flags(options | {"use_cpu": "true", "kl_samples": 3})]
 
     def timeless(folder: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
@@ -241,9 +240,9 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_file(run: Path, tmp_pa
                 assert one[side].pop("seconds") > 0
         return rows
 
-    assert subprocess.run(command(tmp_path / "whole"), cwd=ROOT).returncode == 0
+    assert forks.run(command(tmp_path / "whole"), tmp_path, program="eval").returncode == 0
     killed = tmp_path / "killed"
-    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forks.Command(command(killed), program="eval")
     file = killed / "answers.jsonl"
     deadline = time.monotonic() + 120
     while not file.is_file() or file.read_bytes().count(b"\n") < 4:
@@ -255,7 +254,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_file(run: Path, tmp_pa
     assert 4 <= left.count(b"\n") < 11 and not (killed / "summary.json").exists()
     with file.open("ab") as torn:  # what a kill within a write leaves
         torn.write(b'{"id": "0123')
-    assert subprocess.run(command(killed), cwd=ROOT).returncode == 0
+    assert forks.run(command(killed), tmp_path, program="eval").returncode == 0
     assert timeless(killed) == timeless(tmp_path / "whole")
     assert set(left.splitlines()) <= set(file.read_bytes().splitlines())  # these were not answered again
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from openai_server import OpenAIServer
@@ -191,7 +190,7 @@ def test_a_served_run_that_was_killed_asks_nothing_twice(tmp_path: Path) -> None
     prompts.write_text("".join(json.dumps({"prompt": f"question {row}"}) + "\n" for row in range(40)))
     with OpenAIServer(by_seed, delay=0.03) as server:
         command = served(prompts, output, server.url, "--concurrency", "3", "--n", "3")
-        process = subprocess.Popen([sys.executable, "-m", "qlora_dpo", *command], cwd=ROOT)
+        process = forks.Command(command)
         deadline = time.monotonic() + 60
         while len(server.requests) < 40 and time.monotonic() < deadline:
             time.sleep(0.01)

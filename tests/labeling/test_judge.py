@@ -6,14 +6,13 @@ import json
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from judges import (
     ATTEMPTS,
@@ -165,7 +164,7 @@ def test_a_run_that_was_killed_asks_nothing_twice(tmp_path: Path, capsys: pytest
     pairs = tmp_path / "pairs.jsonl"
     with OpenAIServer(fair, delay=0.03) as server:
         command = arguments(candidates, server.url, "--concurrency", "4")
-        process = subprocess.Popen([sys.executable, "-m", "qlora_dpo", *command], cwd=ROOT)
+        process = forks.Command(command)
         deadline = time.monotonic() + 60
         while len(server.requests) < 50 and time.monotonic() < deadline:
             time.sleep(0.01)

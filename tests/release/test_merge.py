@@ -6,12 +6,12 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
 from merged_in_memory import merged_weights
@@ -241,20 +241,32 @@ def test_disk_that_fills_up_leaves_nothing(run: Path, tmp_path: Path, capsys: py
     assert not list(tmp_path.glob("*out*"))
 
 
+def save_slowly() -> None:
+    """Write the first file, say so, and hang."""
+    from qlora_dpo.release.merging import weights
+
+    def slowly(*args: Any, **keywords: Any) -> None:
+        save_file(*args, **keywords)
+        print("half", flush=True)
+        time.sleep(60)
+
+    weights.save_file = slowly  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_command_leaves_no_half_folder_and_the_next_works(
     how: signal.Signals, run: Path, tmp_path: Path
 ) -> None:
     words = ["--adapter", str(run), "--output", str(tmp_path / "out"), *UNMEASURED]
-    slow = "import time, safetensors.torch as st, qlora_dpo.release.merging.weights as w; save = st.save_file\n"
-    slow += "def slowly(*a, **k): save(*a, **k); print('half', flush=True); time.sleep(60)\n"
-    slow += f"w.save_file = slowly\nfrom qlora_dpo.cli import main; raise SystemExit(main({['merge', *words]!r}))"
-    with subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "half\n"
-        assert list(tmp_path.glob(".out.staging/*.safetensors")) and not (tmp_path / "out").exists()
-        process.send_signal(how)
-        process.wait(20)
+    log = tmp_path / "log"
+    process = forks.Command(["merge", *words], log, before=save_slowly)
+    while not log.exists() or "half" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert list(tmp_path.glob(".out.staging/*.safetensors")) and not (tmp_path / "out").exists()
+    process.send_signal(how)
+    process.wait(20)
     assert not (tmp_path / "out").exists()
     assert bool(list(tmp_path.glob(".out*"))) == (how == signal.SIGKILL)
     assert main(["merge", *words]) == 0

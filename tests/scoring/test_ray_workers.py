@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -81,23 +81,20 @@ def made_pairs(count: int, first: dict[int, int]) -> list[IdPair]:
 def stopped_midway(words: list[str], store: Path, kept: int, number: int, address: str) -> Iterator[tuple[int, str]]:
     """A process of the command that gets a signal as soon as it has kept something; its exit code and what it said."""
     errors = store.with_suffix(f".{number}.err")
-    with errors.open("wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qlora_dpo", *words], cwd=ROOT, stderr=said, stdout=subprocess.DEVNULL,
-            env=os.environ | {"RAY_ADDRESS": address},
-        )  # fmt: skip
-        try:
-            deadline = time.monotonic() + 240
-            while rows_kept(store) <= kept:
-                assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
-                time.sleep(0.05)
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(number)
-            process.wait(60)
-        finally:
-            process.kill()
-            process.wait()
+    process = forks.Command(words, errors, env={"RAY_ADDRESS": address})
+    try:
+        deadline = time.monotonic() + 240
+        while rows_kept(store) <= kept:
+            assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.05)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
     left = psutil.wait_procs(started, timeout=20)[1]
+    assert process.returncode is not None
     yield process.returncode, errors.read_text()
     assert not left
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -167,7 +166,7 @@ def test_a_kill_loses_nothing_that_was_answered(model_folder: Path, pairs_file: 
     store = tmp_path / "store.sqlite"
     with OpenAIServer(logps=made_up, delay=0.15) as server:
         command = arguments(model_folder, pairs_file, store, server, "--verify", "0", "--concurrency", "4")
-        process = subprocess.Popen([sys.executable, "-m", "qlora_dpo", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = forks.Command(command)
         while len(server.requests) < 30:
             time.sleep(0.01)
             assert process.poll() is None

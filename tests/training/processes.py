@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -12,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forks import FORKS
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_dpo.training.records.tracking import read_metrics
 
-# Forked from a process that has imported everything and started no thread: a run starts in a fraction of a second.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["training.processes", "qlora_dpo.cli", "qlora_dpo.training.train", "peft", "bitsandbytes",
-                              "transformers.models.llama.modeling_llama"])  # fmt: skip
 PATIENCE = 60.0
 
 

@@ -6,14 +6,14 @@ import errno
 import json
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
 from tiny import random_pairs, tiny_model, with_lora
@@ -285,14 +285,8 @@ def test_command_ends_with_one_sentence(limit: int, model_folder: Path, pairs_fi
         "--max_steps": 4, "--save_steps": 2, "--gradient_accumulation_steps": 4, "--dtype": "float32",
     }  # fmt: skip
     arguments = [str(part) for pair in options.items() for part in pair]
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_dpo", "train", *arguments], cwd=ROOT, preexec_fn=small_files,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    small_files = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    done = forks.run(["train", *arguments], tmp_path, before=small_files)
     assert done.returncode == 74 and "Traceback" not in done.stderr, done.stderr
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     if limit == 200_000:

@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from tiny import random_pairs, tiny_model, with_lora
@@ -200,10 +199,7 @@ def test_killed_fill_loses_a_micro_batch_at_most(
 ) -> None:
     store = tmp_path / "store.sqlite"
     arguments = ["--model_name_or_path", model_folder, "--dataset", pairs_file, "--store", store, "--dtype", "float32"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora_dpo", "reference", *map(str, arguments), "--max_tokens_per_microbatch", "1"],
-        cwd=ROOT, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = forks.Command(["reference", *arguments, "--max_tokens_per_microbatch", "1"])
     deadline = time.monotonic() + 120
     while rows_in(store) < 6 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)

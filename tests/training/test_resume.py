@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from tiny import random_pairs, tiny_model, with_lora
@@ -123,14 +122,12 @@ def test_same_command_again_continues_then_says_it_is_finished(
 def test_sigterm_leaves_a_checkpoint_and_exit_code_75(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = command(model_folder, pairs_file, out, "--max_steps", "5000", "--save_steps", "5000")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "qlora_dpo", *arguments], cwd=ROOT, stderr=log, stdout=log)
-        deadline = time.monotonic() + 120
-        while len(read_metrics(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
-    assert code == 75, (tmp_path / "log").read_text()
+    process = forks.Command(arguments, tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while len(read_metrics(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, (tmp_path / "log").read_text()
     found, rejected = newest_valid(out)
     assert found is not None and not rejected
     assert json.loads((out / "run.json").read_text())["status"] == "training"

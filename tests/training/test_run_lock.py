@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from qlora_dpo.errors import StorageError, UsageError
@@ -190,23 +191,18 @@ def arguments(model: Path, pairs: Path, out: Path) -> list[str]:
 @pytest.mark.slow
 def test_two_train_commands_on_one_folder(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, "-m", "qlora_dpo", "train", *arguments(model_folder, pairs_file, out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        first = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)
+    words = ["train", *arguments(model_folder, pairs_file, out)]
+    first = forks.Command(words, log)
     try:
         deadline = time.monotonic() + 120
         while not (out / "checkpoint-0").is_dir() and time.monotonic() < deadline and first.poll() is None:
             time.sleep(0.05)
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+        second = forks.run(words, tmp_path)
         assert second.returncode == 74, second.stderr
         assert f"{out} is in use: process {first.pid} on {socket.gethostname()}" in second.stderr
         assert "Traceback" not in second.stderr
         readers = ["merge", "--adapter", str(out), "--output", str(tmp_path / "merged"), "--allow_unfinished"]
-        read = subprocess.run(
-            [sys.executable, "-m", "qlora_dpo", *readers], cwd=ROOT, capture_output=True, text=True, env=environment,
-            check=False,
-        )  # fmt: skip
+        read = forks.run(readers, tmp_path)
         assert read.returncode == 0, read.stderr  # a reader may read
         assert first.poll() is None, log.read_text()
     finally:

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from tiny import random_pairs, tiny_model, tiny_tokenizer, with_lora
 from training.runs import make_training
@@ -258,15 +261,7 @@ def test_signal_outside_the_loop_is_a_sentence_and_an_exit_code(
 # Processes
 
 
-def start(arguments: list[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | options.pop("env", {})
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file, env=environment, **options
-        )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: forks.Command, log: Path) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -278,21 +273,18 @@ def train_command(model: Path, pairs: Path, out: Path, *more: str) -> list[str]:
         "--model_name_or_path": model, "--dataset": pairs, "--output_dir": out, "--max_steps": 5000,
         "--save_steps": 5000, "--gradient_accumulation_steps": 2, "--dtype": "float32", "--lora_r": 4,
     }  # fmt: skip
-    return ["-m", "qlora_dpo", "train", *(str(part) for pair in options.items() for part in pair), *more]
+    return ["train", *(str(part) for pair in options.items() for part in pair), *more]
 
 
-# Stands in for a phase that takes long: says where it is and works on.
-SLOW_PHASE = """
-import sys, time
-import {module} as module
-def slow(*args, **kwargs):
-    print("IN THE PHASE", flush=True)
-    while True:
-        time.sleep(0.01)
-module.{function} = slow
-from qlora_dpo.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+def hang_in(module: str, function: str) -> None:
+    """Put in the place of a function one that says where it is and works on."""
+
+    def slow(*_: Any, **__: Any) -> None:
+        print("IN THE PHASE", flush=True)
+        while True:
+            time.sleep(0.01)
+
+    setattr(import_module(module), function, slow)
 
 
 @pytest.mark.slow
@@ -301,9 +293,9 @@ sys.exit(main(sys.argv[1:]))
 def test_process_ends_with_a_sentence_while_it_loads(
     function: str, number: int, code: int, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    program = SLOW_PHASE.format(module="qlora_dpo.training.train", function=function)
     log, out = tmp_path / "log", tmp_path / "run"
-    process = start(["-c", program, *train_command(model_folder, pairs_file, out)[2:]], log)
+    hang = partial(hang_in, "qlora_dpo.training.train", function)
+    process = forks.Command(train_command(model_folder, pairs_file, out), log, before=hang)
     wait_for(lambda: "IN THE PHASE" in log.read_text(), process, log)
     process.send_signal(number)
     assert process.wait(10) == code, log.read_text()
@@ -314,10 +306,9 @@ def test_process_ends_with_a_sentence_while_it_loads(
 
 @pytest.mark.slow
 def test_second_ctrl_c_ends_the_process_at_once(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
-    program = SLOW_PHASE.format(module="qlora_dpo.training.engine", function="pack")
     log, out = tmp_path / "log", tmp_path / "run"
     arguments = train_command(model_folder, pairs_file, out, "--activation_checkpointing", "none")
-    process = start(["-c", program, *arguments[2:]], log)
+    process = forks.Command(arguments, log, before=partial(hang_in, "qlora_dpo.training.engine", "pack"))
     wait_for(lambda: "IN THE PHASE" in log.read_text(), process, log)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "Ctrl-C stops at once" in log.read_text(), process, log)
@@ -332,7 +323,7 @@ def test_run_outlives_its_terminal(model_folder: Path, pairs_file: Path, tmp_pat
     leader, terminal = pty.openpty()
     arguments = train_command(model_folder, pairs_file, out, "--max_steps", "400")
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal,
+        [sys.executable, "-m", "qlora_dpo", *arguments], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal,
         start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )  # fmt: skip
