@@ -32,7 +32,7 @@ def report(results: dict[str, Any], found: Sequence[Row], jobs: Sequence[Job]) -
 def machine_lines(results: dict[str, Any]) -> list[str]:
     """Hardware, versions and load of every run that these rows are of."""
     if not results["runs"]:
-        return [f"Hardware: {NOT_MEASURED}. `python -m benchmarks.gpu` fills these tables in one run."]
+        return [f"Hardware: {NOT_MEASURED}. `python -m benchmarks.gpu` fills these tables."]
     lines = []
     for run in results["runs"]:
         versions = ", ".join(f"{name} {run[name] or 'not installed'}" for name in

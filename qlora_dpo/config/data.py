@@ -114,9 +114,9 @@ class LintOptions:
     """Lint: what the pairs are held against, and where the results go."""
 
     eval_dataset: str | None = None
-    """Held-out pairs, same format: what is on both sides is an error."""
+    """Held-out pairs, same format: answers on both sides are an error above 1 % of them, prompts a warning."""
     lint: Literal["warn", "block"] = "block"
-    """What errors do: end the command with exit code 65, or be printed only."""
+    """What errors do: warn prints them, block also ends the command with exit code 65."""
     bad_rows: Literal["fail", "skip"] = "fail"
     """Whether rows that are no pairs are errors or, as they would be left out of training, warnings."""
     show_rows: int = 5

@@ -57,7 +57,7 @@ class RayOptions:
 
     engine: Literal["local", "ray"] = "local"
     """local: this process. ray: Ray Data hands out the pairs to workers, each with a model of its own, or asking the
-    servers at --endpoint. Needs the extra qlora_dpo[ray], here and on every node."""
+    servers at --endpoint. Needs the package ray[data], here and on every node."""
     ray_address: str | None = None
     """Address of the cluster, such as 10.0.0.1:6379. Default: RAY_ADDRESS, or the cluster that runs on this machine;
     where there is none, one is started here for the command."""

@@ -69,7 +69,7 @@ def ray_workers(options: RayOptions, *, use_gpu: bool, has_model: bool = True) -
         import ray.data
     except ImportError as error:
         raise UsageError(
-            "--engine ray needs the package ray, which is not installed: pip install 'qlora_dpo[ray]'."
+            "--engine ray needs the package ray, which is not installed: pip install 'ray[data]'."
         ) from error
     is_connected = ray.is_initialized()  # by the program that calls this function
     if not is_connected:

@@ -415,4 +415,4 @@ def test_modelscope_without_its_package_or_with_an_error(
     assert "on ModelScope failed: the token is not accepted" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert push(run, "--hub", "modelscope", "--execute") == USAGE
-    assert "pip install 'qlora_dpo[modelscope]'" in capsys.readouterr().err
+    assert "pip install modelscope-hub" in capsys.readouterr().err

@@ -298,4 +298,4 @@ def test_missing_package_is_asked_for(
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(arguments(model_folder, pairs_file, tmp_path / "store.sqlite", "--engine", "ray")) == 2
-    assert "pip install 'qlora_dpo[ray]'" in capsys.readouterr().err
+    assert "pip install 'ray[data]'" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def modelscope_folder(source: str, revision: str | None) -> Path:
         from modelscope_hub.errors import HubError
     except ImportError as error:
         raise UsageError(
-            f"{source} needs the package modelscope-hub, which is not installed: pip install 'qlora_dpo[modelscope]'."
+            f"{source} needs the package modelscope-hub, which is not installed: pip install modelscope-hub."
         ) from error
     patterns = [f"*{suffix}" for suffix in READERS]
     try:

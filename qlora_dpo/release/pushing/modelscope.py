@@ -31,8 +31,7 @@ def push_to_modelscope(upload: Upload) -> str:
         from modelscope_hub.errors import HubError
     except ImportError as error:
         raise UsageError(
-            "--hub modelscope needs the package modelscope-hub, which is not installed: pip install "
-            "'qlora_dpo[modelscope]'."
+            "--hub modelscope needs the package modelscope-hub, which is not installed: pip install modelscope-hub."
         ) from error
     api = HubApi()
     if not api._config.token:

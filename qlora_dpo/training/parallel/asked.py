@@ -47,9 +47,7 @@ def refuse_unshardable(config: TrainConfig, ranks: Ranks) -> None:
         UsageError: naming the option, or the package that is missing.
     """
     if ranks.is_zero3 and find_spec("deepspeed") is None:
-        raise UsageError(
-            "the launcher's config asks for DeepSpeed, which is not installed: pip install 'qlora_dpo[deepspeed]'."
-        )
+        raise UsageError("the launcher's config asks for DeepSpeed, which is not installed: pip install deepspeed.")
     model, options = config.model, config.training
     problems = (
         (model.load_in_8bit, "--load_in_8bit: bitsandbytes' 8-bit layers cannot be sharded; use 4 bit"),
