@@ -45,8 +45,11 @@ def reference_of_run(
     """
     score = reference_score(model, scorer)
     store = None if config.data.objective == "sft" else _open_store(config, model)
+    has_store = ranks.gather(store is not None)
     recomputed = Recomputed(score, data.pairs, scorer, device)
-    if store is None:
+    if store is None or not all(has_store):
+        if store is not None:  # one process can open none, and all must do the same
+            store[0].close()
         yield with_row_logps(config, data, recomputed, ReferenceLogps(score))
         return
     with store[0]:
@@ -59,7 +62,7 @@ def reference_of_run(
                 f"{store[0].path} lacks {len(pairs) - len(known)} pairs of {config.store.reference_source}, which is "
                 "not here to compute them. Fill the store with it first (`reference`)."
             )
-        check_drift(config, recomputed, reference, known)
+        check_drift(config, recomputed, reference, known, ranks)
         if ranks.is_sharded:
             print(
                 "reference: with a sharded base the store is read and not written; `reference` fills it.",
@@ -196,14 +199,16 @@ class Recomputed:
         )
 
 
-def check_drift(config: TrainConfig, recomputed: Recomputed, reference: StoredReference, known: Sequence[int]) -> None:
+def check_drift(
+    config: TrainConfig, recomputed: Recomputed, reference: StoredReference, known: Sequence[int], ranks: Ranks = ALONE
+) -> None:
     """Compute a few stored pairs again and say how far they are off.
 
     Raises:
         ModelError: too far.
     """
     source = config.store.reference_source
-    drift, limit = measured_drift(config, recomputed, reference, known, CHECKED, config.store.max_drift)
+    drift, limit = measured_drift(config, recomputed, reference, known, CHECKED, config.store.max_drift, ranks)
     if drift is None:
         return
     print(f"reference: {brief(drift) if source is None else drift}", file=sys.stderr)
@@ -222,19 +227,19 @@ def check_drift(config: TrainConfig, recomputed: Recomputed, reference: StoredRe
 
 def measured_drift(
     config: TrainConfig, recomputed: Recomputed, reference: StoredReference, known: Sequence[int], count: int,
-    max_drift: float | None,
+    max_drift: float | None, ranks: Ranks = ALONE,
 ) -> tuple[Drift | None, float]:  # fmt: skip
     """How far `count` stored pairs are off, None where there are none; and how far they may be."""
-    stored = reference.stored(list(islice(known, 0, None, max(1, len(known) // count)))[:count])
+    stored = ranks.agree(reference.stored(list(islice(known, 0, None, max(1, len(known) // count)))[:count]))
     limit = max_drift or TOLERANCE[torch.float32 if config.model.dtype == "float32" else torch.bfloat16]
     if not stored:
         return None, limit
     ours = recomputed(list(stored))
-    drift = drift_between(list(chain.from_iterable(stored.values())), ours, config.loss.beta)
+    drift = ranks.agree(drift_between(list(chain.from_iterable(stored.values())), ours, config.loss.beta))
     if max_drift is None and drift.mean_per_token > limit:  # this model may round more than most
         alone = recomputed(list(stored), max_tokens=1)
         limit = max(limit, NOISE_MARGIN * drift_between(alone, ours, config.loss.beta).mean_per_token)
-    return drift, limit
+    return drift, ranks.agree(limit)
 
 
 def brief(drift: Drift) -> str:

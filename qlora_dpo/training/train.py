@@ -109,7 +109,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
             shard_policy(model, device, ranks)
         scorer = choose_scorer(model, data.pairs[data.train[0]], device)
         ranks.refuse_differences((scorer.kind, scorer.head is None), "a way of scoring")
-        set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device))
+        set_activation_checkpointing(model, levels_of_run(config, model, scorer.kind, data, device, ranks))
         with (
             reference_of_run(config, model, scorer, data, device, ranks) as reference,
             stop_on_signals(says=ranks.is_main) as stop,

@@ -20,7 +20,7 @@ from qlora_dpo.errors import DataError, UsageError
 from qlora_dpo.training.folder.checkpoints import load_state, newest_valid
 from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.parallel.launching import ranks_of
-from qlora_dpo.training.parallel.ranks import ALONE, Ranks, deal
+from qlora_dpo.training.parallel.ranks import ALONE, Ranks, deal, is_lost, process_lost
 from qlora_dpo.training.records.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +139,23 @@ def see_other_data(this: int) -> None:
     train.content_of = lambda *_: {"dataset": f"of process {this}"}
 
 
+def see_another_torch(this: int) -> None:
+    torch.__version__ = f"of process {this}"
+
+
+def lack_memory_for_the_sum(this: int) -> None:
+    if this == 1:
+        torch.distributed.all_reduce = lambda *_: run_out_of_memory()
+
+
+def find_no_store(this: int) -> None:
+    """The default store cannot be opened in one process."""
+    from qlora_dpo.training import referencing
+
+    if this == 1:
+        referencing._open_store = lambda *_: None
+
+
 def find_small_budget(this: int) -> None:
     """A preflight that finds another budget in each process, and a note of what each then has."""
     from qlora_dpo.training import loop
@@ -244,6 +261,31 @@ def test_processes_that_see_other_data_are_refused(options: list[Any], tmp_path:
     said = run(2, options, tmp_path / "run", codes=65, sabotage=see_other_data)
     assert said.count("error: process 1 has data or a base other than process 0") == said.count("error") == 1
     assert "in process 1" not in said  # all noticed it, and the first one speaks
+
+
+@pytest.mark.slow
+def test_processes_with_other_libraries_are_refused(options: list[Any], tmp_path: Path) -> None:
+    said = run(2, options, tmp_path / "run", codes=65, sabotage=see_another_torch)
+    assert said.count("process 1 has a kind of device or a version of torch other than process 0") == 1
+
+
+@pytest.mark.slow
+def test_launch_that_all_refuse_is_refused_once(options: list[Any], tmp_path: Path) -> None:
+    said = run(2, options, tmp_path / "run", codes=2, ACCELERATE_USE_MEGATRON_LM="true")
+    assert said.count("error: the launcher's config says ACCELERATE_USE_MEGATRON_LM") == said.count("error") == 1
+
+
+@pytest.mark.slow
+def test_memory_that_is_not_enough_to_sum_gradients_ends_the_run(options: list[Any], tmp_path: Path) -> None:
+    said = run(2, options, tmp_path / "run", codes=71, sabotage=lack_memory_for_the_sum)
+    assert said.count("error: process 1 has no memory left to sum the gradients") == said.count("error:") == 1
+
+
+@pytest.mark.slow
+def test_store_that_one_process_cannot_open_is_used_by_none(options: list[Any], alone: Path, tmp_path: Path) -> None:
+    said = run(2, options, tmp_path / "run", sabotage=find_no_store)
+    assert "from the store" not in said
+    assert_same_run(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
@@ -368,6 +410,23 @@ def test_slurm_file_gives_each_process_its_place(tmp_path: Path) -> None:
         "1/2 1 first:20007 -m qlora_dpo train --run_name two words",
         "requeue 7",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.distributed.DistBackendError("NCCL error in: x.cpp:3\nLast error:\nDuplicate GPU detected"), False),
+        (torch.distributed.DistBackendError("NCCL error in: x.cpp:3, remote process exited\nLast error:\nshut"), True),
+        (torch.distributed.DistNetworkError("reset"), True),
+        (RuntimeError("[gloo/transport] Connection closed by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("socket"), False),
+    ],
+)
+def test_lost_processes_are_told_from_other_errors(error: Exception, is_it: bool) -> None:
+    assert is_lost(error) == is_it
+    if is_it:
+        assert str(process_lost(error)).endswith(f"What was noticed: {str(error).splitlines()[-1]}")
 
 
 def test_launch_is_understood() -> None:

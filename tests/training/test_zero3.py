@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import test_parallel
 from training.processes import free_port
 from training.test_parallel import ROOT, assert_same_run, at_step, kill, run, terminate, trained
 
 from qlora_dpo.config.training import TrainConfig
-from qlora_dpo.errors import UsageError
+from qlora_dpo.errors import ModelError, UsageError
 from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.parallel import asked
 from qlora_dpo.training.parallel.launching import ranks_of
 from qlora_dpo.training.parallel.ranks import Ranks
+from qlora_dpo.training.parallel.zero3 import partition
 
 ZERO3 = {
     "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
@@ -116,6 +118,32 @@ def test_run_stops_dies_and_continues_with_parts_or_without(options: list[Any], 
     assert_same_run(folder, alone)
 
 
+def have_unequal_memory(this: int) -> None:
+    """One process would keep everything and the other recompute it; say what each does."""
+    from qlora_dpo.training import train
+    from qlora_dpo.training.memory import levels
+
+    choose = train.levels_of_run
+
+    def told(*arguments: Any) -> Any:
+        chosen = choose(*arguments)
+        os.write(2, f"levels {chosen}\n".encode())
+        return chosen
+
+    levels.free_after_loading = lambda _: 1.0 if this else 1e12
+    train.levels_of_run = told
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_all_processes_keep_what_the_one_with_least_memory_can(options: list[Any], alone: Path, tmp_path: Path) -> None:
+    place = options.index("--activation_checkpointing")
+    options = [*options[: place + 1], "auto", *options[place + 2 :]]
+    said = run(2, options, tmp_path / "run", sabotage=have_unequal_memory, **ZERO3)
+    assert said.count("levels ('full', 'full')") == 2
+    assert_same_run(tmp_path / "run", alone)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 def test_accelerate_starts_a_run(options: list[Any], alone: Path, tmp_path: Path) -> None:
@@ -168,6 +196,13 @@ def test_stage_that_nobody_chose_is_refused() -> None:
 def test_launch_is_understood() -> None:
     ranks = ranks_of({"RANK": "1", "WORLD_SIZE": "2"} | ZERO3)
     assert ranks == Ranks(1, 2, is_sharded=True, is_zero3=True) and not ranks.shards_adapter
+
+
+def test_experts_are_refused() -> None:
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Parameter(torch.zeros(2, 4, 4))
+    with pytest.raises(ModelError, match=r"experts is a stack of weights .*fsdp_qlora.yaml"):
+        partition(layer, torch.device("cpu"))
 
 
 def test_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from qlora_dpo.training.data import TrainingData
 from qlora_dpo.training.engine import DEFAULT_MAX_TOKENS
 from qlora_dpo.training.memory.device_memory import device_memory
 from qlora_dpo.training.optimizers import optimizer_name
+from qlora_dpo.training.parallel.ranks import ALONE, Ranks
 
 RESERVE = 0.1  # of a GPU's free memory, for what its allocator cannot use
 CPU_SHARE = 0.8  # of the available memory: other programs need some too
@@ -189,9 +190,10 @@ def free_after_loading(device: torch.device) -> float:
 
 
 def levels_of_run(
-    config: TrainConfig, policy: Any, kind: LayoutKind, data: TrainingData, device: torch.device
+    config: TrainConfig, policy: Any, kind: LayoutKind, data: TrainingData, device: torch.device, ranks: Ranks = ALONE
 ) -> Level | tuple[Level, ...]:
-    """The levels of a run whose model is loaded: what --activation_checkpointing says, or for auto what fits."""
+    """The levels of a run whose model is loaded: what --activation_checkpointing says, or for auto what fits into the
+    least memory that a process has, because where the base is sharded levels decide what all of them exchange."""
     asked = config.training.activation_checkpointing
     if asked != "auto":
         return asked
@@ -206,7 +208,7 @@ def levels_of_run(
             raise ModelError(f"{type(base).__name__} has layers outside its decoder. Set --activation_checkpointing.")
         lengths = lengths_of(data, data.train)
         tokens = largest_micro_batch(lengths, kind, asked_tokens(config, device.type), config.pairs_per_step)
-        free = free_after_loading(device)
+        free = min(ranks.gather(free_after_loading(device)))
         free -= sum(trained_bytes(skeleton, optimizer_name(config.training.optim, device.type)))
         counted = count_as_needed(skeleton, lengths.made(tokens, kind), kind, device.type, free)
     except ModelError as error:

@@ -24,6 +24,7 @@ from qlora_dpo.training.parallel.ranks import ALONE, Ranks, is_lost, lost_proces
 from qlora_dpo.training.signals import Terminated
 
 PATIENCE = timedelta(hours=3)  # of processes that wait for the first one to read the data or to write a checkpoint
+MESSAGE = timedelta(minutes=10)  # of GPUs that wait for each other within a pass: one of them is gone
 COURTESY = 0.3  # seconds that the others leave to the first process, if it too has something to say
 FAREWELL = 10.0  # seconds that the first process stays so that the others learn why it ends
 
@@ -32,11 +33,13 @@ _OWN_CHECKPOINTING = "layers are chosen by --activation_checkpointing"
 _REFUSED = (
     ("ACCELERATE_USE_MEGATRON_LM", "true", "there is no tensor or pipeline parallelism here: use DDP or FSDP"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "there is no tensor or context parallelism here: use DDP or FSDP"),
+    ("ACCELERATE_DYNAMO_BACKEND", "inductor", "nothing is compiled here: leave `dynamo_backend` out"),
     ("ACCELERATE_MIXED_PRECISION", "fp16", "float16 makes DPO's gradients overflow: leave it at `no`, --dtype decides"),
     ("ACCELERATE_MIXED_PRECISION", "fp8", "leave it at `no`: --dtype decides"),
 )  # fmt: skip
 _REFUSED_WITH_FSDP = (
     ("FSDP_VERSION", "1", "set `fsdp_version: 2`"),
+    ("FSDP_RESHARD_AFTER_FORWARD", "false", "set `fsdp_reshard_after_forward: true`"),
     ("FSDP_OFFLOAD_PARAMS", "true", "set `fsdp_offload_params: false` and use more GPUs"),
     ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "set `fsdp_cpu_ram_efficient_loading: false`: every process loads the "
      "base by itself"),
@@ -124,7 +127,12 @@ def joined(use_cpu: bool) -> Iterator[tuple[Ranks, torch.device]]:
         UsageError, ResourceError: this cannot be run as it was launched.
         SystemExit: another process has failed and said why.
     """
-    ranks = ranks_of(os.environ)
+    try:
+        ranks = ranks_of(os.environ)
+    except UsageError as error:
+        if os.environ.get("RANK", "0") != "0":  # all read the same, and the first one says it
+            raise SystemExit(error.exit_code) from None
+        raise
     device = device_of(ranks, use_cpu)
     if ranks.count == 1:
         yield ranks, device
@@ -134,6 +142,10 @@ def joined(use_cpu: bool) -> Iterator[tuple[Ranks, torch.device]]:
     store: Any = dist.distributed_c10d._get_default_store()
     try:
         with _speaking(ranks.is_main):
+            ranks.refuse_differences((device.type, torch.__version__), "a kind of device or a version of torch")
+            if device.type == "cuda":
+                world: Any = dist.group.WORLD
+                world._get_backend(device)._set_default_timeout(MESSAGE)
             yield ranks, device
             ranks.wait()
     except BaseException as error:

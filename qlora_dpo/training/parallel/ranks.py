@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qlora_dpo.errors import ModelError, ProcessLost
+from qlora_dpo.errors import ModelError, ProcessLost, ResourceError
 from qlora_dpo.training.signals import StopRequested
 
 T = TypeVar("T")
 
 BUCKET = 1 << 24  # numbers that are summed at once: few messages, and little memory for their copy
-_LOST = ("gloo", "NCCL", "Connection", "socket")  # what messages about a process that is gone contain
+_LOST = ("gloo", "ncclRemoteError", "remote process", "Connection", "socket")  # messages about a process that is gone
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Ranks:
         with lost_processes():
             dist.broadcast_object_list(found, src=0)
         return found[0]  # type: ignore[no-any-return]
+
+    def agree(self, value: T) -> T:
+        """The first process's value where the base is sharded: what follows from it must be the same for all."""
+        return self.share(value) if self.is_sharded else value
 
     def wait(self) -> None:
         """Return when every process has come here."""
@@ -106,14 +110,24 @@ class Ranks:
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace the gradient of these by its sum over all processes; FSDP has done so in the backward pass."""
+        """Replace the gradient of these by its sum over all processes; FSDP has done so in the backward pass.
+
+        Raises:
+            ResourceError: memory runs out, where the other processes are waiting for this one and cannot repeat.
+        """
         if self.count == 1 or self.shards_adapter:
             return
-        for parameter in parameters:
-            if parameter.grad is None:  # a process without a pair in this step
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
-            _in_one(bucket, dist.all_reduce)
+        try:
+            for parameter in parameters:
+                if parameter.grad is None:  # a process without a pair in this step
+                    parameter.grad = torch.zeros_like(parameter)
+            for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+                _in_one(bucket, dist.all_reduce)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"process {self.rank} has no memory left to sum the gradients of the processes. The same command with "
+                "a smaller --max_tokens_per_microbatch continues from the newest checkpoint."
+            ) from error
 
     def copy_main(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give these the values that they have in the first process, bit by bit; sharded ones are one set already."""
@@ -153,7 +167,8 @@ def lost_processes() -> Iterator[None]:
 
 def process_lost(error: BaseException) -> ProcessLost:
     """The error for an exchange that failed because nobody is there, in words."""
-    said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    _, _, reason = str(error).rpartition("Last error:")  # which NCCL puts last
+    said = reason.strip().splitlines()[0][:200] if reason.strip() else type(error).__name__
     return ProcessLost(
         "a process of this run is gone without a word (killed, or its machine or the network is lost). The same "
         "command continues from the newest checkpoint; the system's log (dmesg) says whether memory ran out. What was "
@@ -163,9 +178,9 @@ def process_lost(error: BaseException) -> ProcessLost:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error means that another process is gone."""
-    if isinstance(error, ProcessLost | dist.DistError):
+    if isinstance(error, ProcessLost | dist.DistNetworkError | dist.DistStoreError):
         return True
-    return type(error) is RuntimeError and any(word in str(error) for word in _LOST)
+    return type(error) in (RuntimeError, dist.DistBackendError) and any(word in str(error) for word in _LOST)
 
 
 def deal(costs: Sequence[int], count: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import decoder_layers
 from qlora_dpo.models.fused_lora import dense_weight
 
@@ -25,7 +26,16 @@ def partition(model: nn.Module, device: torch.device) -> None:
     """Partition a policy that lies in CPU memory over the devices of the processes, layer by layer.
 
     The linear layers in decoder layers are partitioned. Embedding, head, norms and quantization constants stay whole.
+
+    Raises:
+        ModelError: the layers hold experts, which are no linear layers.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            raise ModelError(
+                f"{name} is a stack of weights (experts), which ZeRO-3 here would keep whole on every GPU. Use "
+                "rlhf/accelerate/fsdp_qlora.yaml."
+            )
     # DeepSpeed asks the environment where it is; a scheduler may show each process its own GPU only.
     os.environ |= {"LOCAL_RANK": str(device.index or 0), "DS_ACCELERATOR": device.type}
     from deepspeed import ops, zero
