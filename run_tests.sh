@@ -22,4 +22,4 @@ fi
 # Once for the many processes of the tests, which write none: one on a full disk would leave half a file.
 "$python" -m compileall -q qlora_dpo eval benchmarks tests
 # One thread per worker: two workers on two cores are faster than one with two threads, and sums are repeatable.
-OMP_NUM_THREADS=1 exec "$python" -m pytest -n 2 "${selection[@]}" "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest -n 2 --dist worksteal "${selection[@]}" "$@"

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.bench import Bench, Row, call
+from benchmarks.chaos.bench import SPAWNED_EVERY, Bench, Row, call
 from benchmarks.chaos.breakages import BREAKAGES
 from benchmarks.chaos.control import control_rows
 from benchmarks.chaos.corruptions import corruption_rows
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench.make(Path(folder), options.seed, options.breakage)
         results["run_seconds"] = {}
         if options.only != ["fuzz"]:
-            bench.measure()
+            spawned = max(options.counts.kills, options.counts.signals) >= SPAWNED_EVERY and not options.breakage
+            bench.measure(spawned)
             results["run_seconds"] = bench.seconds
             say("an unbroken run takes " + ", ".join(f"{took:.1f} s {kind}" for kind, took in bench.seconds.items()))
         rows = [row for name in options.only for row in run_row(name, bench, options.counts)]

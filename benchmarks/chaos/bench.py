@@ -82,14 +82,14 @@ class Bench:
         """Make the workload; runs nothing yet."""
         return cls(folder, seed, call(make_workload, folder, seed), breakage)
 
-    def measure(self) -> None:
-        """Run without a disturbance, forked twice and, unless the tool is broken on purpose, as a user does.
+    def measure(self, spawned: bool) -> None:
+        """Run without a disturbance, forked twice and, where trials will be `spawned`, once as a user does.
 
         Raises:
             RuntimeError: they do not agree, so nothing could be told from a disturbed run.
         """
         outcomes, seconds = [], defaultdict[str, list[float]](list)
-        for number, kind in enumerate(("forked", "forked", "spawned")[: 2 if self.breakage else 3]):
+        for number, kind in enumerate(("forked", "forked", "spawned")[: 3 if spawned else 2]):
             name = f"unbroken-{number}"
             victim = self.start(self.folder / name, spawned=kind == "spawned", sound=True)
             code = victim.wait()

@@ -208,7 +208,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("TQDM_DISABLE", "1")
         bench = Bench.make(tmp_path_factory.mktemp("chaos"), 0, "deaf")
-        bench.measure()
+        bench.measure(spawned=False)
         yield bench
 
 
