@@ -58,7 +58,7 @@ class Counts:
 
 RESULT = "chaos.json"
 REDUCED = Counts(
-    kills=3, signals=5, crash_points=2, corruptions=40, corrupted_runs=1, full_disks=1, fuzzed=300, controls=2
+    kills=2, signals=3, crash_points=1, corruptions=40, corrupted_runs=1, full_disks=1, fuzzed=300, controls=2
 )
 ROWS: dict[str, Callable[[Bench, Counts], list[Row]]] = {
     "kill": lambda bench, counts: kill_rows(bench, counts.kills),

@@ -162,9 +162,9 @@ def test_without_a_server_the_cache_answers_and_else_one_sentence(both: tuple[An
         assert answer.seconds < 6
 
 
-def test_modelscope_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
-    with pytest.raises(UsageError, match=r"pip install 'qlora_dpo\[modelscope\]'"):
+    with pytest.raises(UsageError, match=r"pip install modelscope-hub"):
         open_source("modelscope:org/good")
 
 
