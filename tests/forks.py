@@ -58,11 +58,11 @@ class Command:
 
 def run(
     words: Sequence[Any], folder: Path, *, program: str = "qlora_dpo", before: Callable[[], None] | None = None,
-    env: Mapping[str, str] | None = None, timeout: float = 300,
+    timeout: float = 300,
 ) -> CompletedProcess[str]:  # fmt: skip
     """Run a command to its end; what it says goes through files in `folder`."""
     out, err = (folder / f"{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr"))
-    process = _start(program, words, (str(out), str(err)), before, env)
+    process = _start(program, words, (str(out), str(err)), before, None)
     process.join(timeout)
     code = process.exitcode
     if code is None:

@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from qlora_dpo.errors import StorageError
-from qlora_dpo.models.lora import adapter_weights, save_adapter, trainable_parameters
+from qlora_dpo.models.lora import save_adapter, trainable_parameters
 from qlora_dpo.training.folder.checkpoints import checkpoints, rng_states, rotate, save_checkpoint
 from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.parallel.ranks import ALONE, Ranks
+from qlora_dpo.training.parallel.sharding import whole_adapter
 from qlora_dpo.training.schedule import Schedule
 
 PATIENCE_SECONDS = 30 * 60  # that a run goes on although its checkpoints cannot be written
@@ -134,7 +135,7 @@ class Saver:
             return Content(moments, states)
         from qlora_dpo.training.parallel.fsdp import whole
 
-        return Content(whole(moments), states, whole(adapter_weights(self.model)))
+        return Content(whole(moments), states, whole_adapter(self.model, self.ranks))
 
     def _write(self, number: int, content: Content) -> None:
         save_checkpoint(
