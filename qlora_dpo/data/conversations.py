@@ -6,8 +6,9 @@ Columns that a format does not name are ignored, except `category` (text), which
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qlora_dpo.data.messages import Values, all_text, keys_of, kind, messages_of, text_of, value_of
 from qlora_dpo.data.pair_formats.sharegpt import refuse_unsupported
@@ -24,6 +25,8 @@ class Conversation:
     messages: tuple[Message, ...]
     category: str | None = None
     origin: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, TypedDict
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user, assistant or tool."""
 
     role: str
     content: str
+    """Empty where the message is a call of tools alone."""
+    reasoning_content: NotRequired[str]
+    """A thought that the row keeps apart from the answer, whatever name it has there."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """As the OpenAI API writes them: `{"type": "function", "function": {"name": ..., "arguments": {...}}}`."""
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,13 @@ class PreferencePair:
     origin: str = ""
     reference_logps: tuple[float, float] | None = None
     """Log-probs of the two answers under a reference model, as the row brings them along; not trained on."""
+    chosen_fields: Mapping[str, Any] = field(default_factory=dict)
+    """What the message of the answer holds besides role and content: `reasoning_content`, `tool_calls`."""
+    rejected_fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that the model may call, for the chat template."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template that the row brings along; they outrank those of the run."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -32,6 +47,16 @@ class PreferencePair:
         if isinstance(self.prompt, str):
             return ({"role": "user", "content": self.prompt},)
         return self.prompt
+
+    @property
+    def chosen_message(self) -> Message:
+        """The better answer as a message."""
+        return {"role": "assistant", "content": self.chosen, **self.chosen_fields}  # type: ignore[typeddict-item]
+
+    @property
+    def rejected_message(self) -> Message:
+        """The worse answer as a message."""
+        return {"role": "assistant", "content": self.rejected, **self.rejected_fields}  # type: ignore[typeddict-item]
 
 
 @dataclass(frozen=True, slots=True)
