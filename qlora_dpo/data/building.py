@@ -27,7 +27,7 @@ FORMAT_VERSION = 2
 
 _BATCH = 1000  # rows
 
-Parsed = tuple[Any, tuple[str, ...]]
+Parsed = tuple[tuple[Any, ...], tuple[str, ...]]
 
 
 class SampleTokenizer(Protocol):
@@ -43,7 +43,7 @@ class SampleTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampleKind:
-    """What rows are read as: `detect` names the format of a row, `parse` gives what it holds and its repairs."""
+    """What rows are read as: `detect` names the format of a row, `parse` gives all that it holds and its repairs."""
 
     unit: str
     sample: type
@@ -53,12 +53,12 @@ class SampleKind:
 
 def _parse_pair(name: str, values: Values, names: Any, origin: str) -> Parsed:
     parsed = parse_row(name, values, names, origin)
-    return parsed.pair, parsed.repairs
+    return (parsed.pair, *parsed.more), parsed.repairs
 
 
 def _parse_conversation(name: str, values: Values, names: Any, origin: str) -> Parsed:
     parsed = parse_conversation(name, values, names, origin)
-    return parsed.conversation, parsed.repairs
+    return (parsed.conversation,), parsed.repairs
 
 
 PAIRS = SampleKind("pairs", TokenizedPair, detect_format, _parse_pair)
@@ -76,6 +76,8 @@ class TokenizingJob:
     names: Any
     max_samples: int | None
     repaired: Counter[str] = field(default_factory=Counter)
+    further: int = 0
+    """Samples that rows held besides their first."""
 
     def key(self) -> str:
         """Hash everything that the stored ids and report depend on."""
@@ -104,6 +106,7 @@ class TokenizingJob:
                 "source": self.source.name,
                 "dataset_format": self.dataset_format,
                 "rows_read": rows_read,
+                "further_pairs": self.further,
                 "pairs": writer.samples,
                 "unit": self.kind.unit,
                 "repaired": self.repaired,
@@ -120,21 +123,22 @@ class TokenizingJob:
         return rows
 
     def _store(self, batch: list[Row | RefusedRow], writer: pair_store.SampleWriter) -> None:
-        parsed = [self._parse(row) for row in batch]
+        parsed = [sample for row in batch for sample in self._parse(row)]
         tokenized = iter(self.tokenizer.tokenize([row for row in parsed if not isinstance(row, RefusedRow)]))
         results = [row if isinstance(row, RefusedRow) else next(tokenized) for row in parsed]
         writer.add_refused(row for row in results if isinstance(row, RefusedRow))
         writer.add_samples([sample for sample in results if not isinstance(sample, RefusedRow)])
 
-    def _parse(self, row: Row | RefusedRow) -> Any:
+    def _parse(self, row: Row | RefusedRow) -> tuple[Any, ...]:
         """What the row holds, or the row as refused."""
         if isinstance(row, RefusedRow):
-            return row
+            return (row,)
         try:
             parsed, repairs = self.kind.parse(self.dataset_format, row.values, self.names, row.origin)
         except RowError as error:
-            return RefusedRow(row.origin, error.field, error.reason)
+            return (error.refused(row.origin),)
         self.repaired.update(repairs)
+        self.further += len(parsed) - 1
         return parsed
 
 

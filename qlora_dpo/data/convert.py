@@ -12,13 +12,12 @@ from qlora_dpo.config.checks import nearest
 from qlora_dpo.config.data import ConvertOptions, PairFileOptions
 from qlora_dpo.data.files.readers import file_kind
 from qlora_dpo.data.files.writers import WRITERS, AddRow, is_flat, row_writer
-from qlora_dpo.data.formats import FORMATS, all_columns, check_format, write_row
+from qlora_dpo.data.formats import WRITTEN, all_columns, check_format, write_row
 from qlora_dpo.data.pair_reader import PairReader, reader_of
 from qlora_dpo.data.preferences import Message, NoPlaceError, PreferencePair, RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
+from qlora_dpo.data.report import account_of, listed
 from qlora_dpo.errors import DataError, StorageError, UsageError
-
-_SHOWN_ROWS = 20
 
 
 def convert(pairs: PairFileOptions, options: ConvertOptions) -> None:
@@ -41,7 +40,10 @@ def convert(pairs: PairFileOptions, options: ConvertOptions) -> None:
 
 @dataclass
 class Conversion:
-    """What becomes of the rows of a source; always `read == written + len(refused)`."""
+    """What becomes of the rows of a source; always `read == written + len(refused)`.
+
+    Where a row holds several pairs, each of them is counted.
+    """
 
     to: str
     drop: tuple[str, ...]
@@ -66,7 +68,7 @@ class Conversion:
             try:
                 self.dropped.update(self._write(row, add))
             except RowError as error:
-                self.refused.append(RefusedRow(row.origin, error.field, error.reason))
+                self.refused.append(error.refused(row.origin))
             else:
                 self.written += 1
 
@@ -106,27 +108,23 @@ class Conversion:
         Raises:
             DataError: with the first of the refused rows.
         """
-        if not self.refused or (bad_rows == "skip" and self.written):
+        bad = [row for row in self.refused if not row.left_out]
+        if self.written and (bad_rows == "skip" or not bad):
             return
-        listed = "\n".join(f"  {row}" for row in self.refused[:_SHOWN_ROWS])
-        more = len(self.refused) - _SHOWN_ROWS
-        listed += f"\n  ... and {more} more" if more > 0 else ""
+        bad = bad or self.refused
         advice = f", or write the other {self.written} with --bad_rows skip" if self.written else ""
         raise DataError(
-            f"{len(self.refused)} of {self.read} rows of {source} ({dataset_format}) cannot be written as {self.to}:\n"
-            f"{listed}\nRepair them{advice}. All are listed in {self.refused_file}; nothing else was written."
+            f"{len(bad)} of {self.read} rows of {source} ({dataset_format}) cannot be written as {self.to}:\n"
+            f"{listed(bad)}\nRepair them{advice}. All are listed in {self.refused_file}; nothing else was written."
         )
 
     def summary(self, source: str, reader: PairReader) -> list[str]:
         """The account as lines to print."""
         lines = [
-            f"{source}: {self.written:,} pairs from {self.read:,} rows ({reader.dataset_format}) are in {self.output} "
-            f"({self.to})"
+            f"{source}: {self.written:,} pairs from {self.read - reader.further_pairs:,} rows "
+            f"({reader.dataset_format}) are in {self.output} ({self.to})",
+            *account_of(self.refused, self.refused_file),
         ]
-        if self.refused:
-            lines.append(f"refused: {len(self.refused):,} rows, listed in {self.refused_file}")
-            kinds = Counter(row.kind for row in self.refused)
-            lines += [f"  {count:,} x {kind}" for kind, count in kinds.most_common()]
         lines += [f"repaired: {count:,} x {kind}" for kind, count in reader.repaired.items()]
         lines += [f"dropped: {count:,} x {name}" for name, count in self.dropped.items()]
         return lines
@@ -139,7 +137,7 @@ def _check(pairs: PairFileOptions, options: ConvertOptions) -> None:
             raise UsageError(f"--drop {name}: known are {', '.join(DROPS)}{nearest(name, DROPS)}.")
     if file_kind(options.output) is None:
         raise UsageError(f"--output {options.output}: its name must end with one of {', '.join(WRITERS)}.")
-    if is_flat(options.output) and not isinstance(FORMATS[options.to].EXAMPLE["chosen"], str):
+    if is_flat(options.output) and not isinstance(WRITTEN[options.to].EXAMPLE["chosen"], str):
         raise UsageError(
             f"--output {options.output}: a CSV file holds text only, and an answer in {options.to} is a message. "
             "Choose another suffix, or --to plaintext."

@@ -12,7 +12,19 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from qlora_dpo.data.messages import Values, kind, shown, text_of
-from qlora_dpo.data.pair_formats import alpaca, hh_rlhf, messages, opendpo, plaintext, sharegpt
+from qlora_dpo.data.pair_formats import (
+    alpaca,
+    axolotl,
+    hh_rlhf,
+    messages,
+    opendpo,
+    orca,
+    other_tools,
+    plaintext,
+    ranked,
+    sharegpt,
+    votes,
+)
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair, RowError
 from qlora_dpo.errors import UsageError
 
@@ -30,12 +42,12 @@ __all__ = [
 
 
 class Format(Protocol):
-    """One form of data: a module of `pair_formats`."""
+    """One form of data: a module of `pair_formats`, or a `Layout`."""
 
     COLUMNS: str
     """In words."""
     EXAMPLE: dict[str, Any]
-    """A row with every column that `write` knows."""
+    """A row; with every column that `write` knows, where the form is written, too."""
 
     def matches(self, values: Values, names: ColumnNames, /) -> bool:
         """Tell by its columns whether a row has this form."""
@@ -43,25 +55,37 @@ class Format(Protocol):
     def parse(self, values: Values, names: ColumnNames, /) -> ParsedPair:
         """Read a row. Raises: RowError."""
 
+
+class WrittenFormat(Format, Protocol):
+    """A form that pairs are also written in."""
+
     def write(self, pair: PreferencePair, /) -> dict[str, Any]:
         """Make a row. Raises: RowError when the form has no place for something."""
 
 
 def parse_row(name: str, values: Values, names: ColumnNames, origin: str) -> ParsedPair:
-    """Read one row of a named format.
+    """Read one row of a named format; its further pairs stand at `origin#2`, `origin#3`, ...
 
     Raises:
         RowError: when the row is no usable pair.
     """
     parsed = FORMATS[name].parse(values, names)
-    pair = parsed.pair
+    category, confidence = _category(values), _confidence(values)
+
+    def finished(pair: PreferencePair, origin: str) -> PreferencePair:
+        _check_answers(pair, names)
+        return replace(pair, category=category or pair.category, confidence=confidence, origin=origin)
+
+    further = (finished(pair, f"{origin}#{number}") for number, pair in enumerate(parsed.more, 2))
+    return replace(parsed, pair=finished(parsed.pair, origin), more=tuple(further))
+
+
+def _check_answers(pair: PreferencePair, names: ColumnNames) -> None:
     for column, answer in ((names.chosen, pair.chosen), (names.rejected, pair.rejected)):
         if not answer.strip():
             raise RowError(column, "the answer is empty")
     if pair.chosen == pair.rejected:
         raise RowError(names.rejected, "the same answer as chosen")
-    category = _category(values) or pair.category
-    return replace(parsed, pair=replace(pair, category=category, confidence=_confidence(values), origin=origin))
 
 
 def write_row(name: str, pair: PreferencePair) -> dict[str, Any]:
@@ -72,7 +96,7 @@ def write_row(name: str, pair: PreferencePair) -> dict[str, Any]:
     """
     if pair.reference_logps is not None and name != "opendpo":
         raise NoPlaceError("reference_logps", "log-probs of a reference", "reference_logps")
-    row = FORMATS[name].write(pair)
+    row = WRITTEN[name].write(pair)
     if pair.category is not None and "meta" not in row:
         row["category"] = pair.category
     if pair.confidence != 1.0:
@@ -85,7 +109,7 @@ def write_row(name: str, pair: PreferencePair) -> dict[str, Any]:
 
 def all_columns(name: str) -> dict[str, Any]:
     """A row with every column that `write_row` may give a row of a named format."""
-    example = FORMATS[name].EXAMPLE
+    example = WRITTEN[name].EXAMPLE
     return {**example, **({} if "meta" in example else {"category": "math"}), "confidence": 0.5}
 
 
@@ -113,11 +137,14 @@ def check_format(name: str, flag: str = "dataset_format") -> None:
     Raises:
         UsageError: with the nearest known name.
     """
-    if name in FORMATS:
+    table = FORMATS if flag == "dataset_format" else WRITTEN
+    if name in table:
         return
-    near = difflib.get_close_matches(name, FORMATS, n=1)
+    if name in FORMATS:
+        raise UsageError(f"--{flag} {name}: this format is only read; pairs are written as {', '.join(WRITTEN)}.")
+    near = difflib.get_close_matches(name, table, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    known = ", ".join(["auto", *FORMATS] if flag == "dataset_format" else FORMATS)
+    known = ", ".join(["auto", *FORMATS] if flag == "dataset_format" else WRITTEN)
     raise UsageError(f"--{flag} {name!r} is not known; choose {known}.{hint}")
 
 
@@ -139,7 +166,7 @@ def _confidence(values: Values) -> float:
     return float(value)
 
 
-FORMATS: dict[str, Format] = {
+WRITTEN: dict[str, WrittenFormat] = {
     "hh-rlhf": hh_rlhf,
     "plaintext": plaintext,
     "messages": messages,
@@ -147,3 +174,26 @@ FORMATS: dict[str, Format] = {
     "sharegpt": sharegpt,
     "alpaca": alpaca,
 }
+
+FORMATS: dict[str, Format] = {
+    **WRITTEN,
+    "orca": orca,
+    "argilla": other_tools.ARGILLA,
+    "axolotl": axolotl,
+    "openai": other_tools.OPENAI,
+    "swift": other_tools.SWIFT,
+    "swift-query": other_tools.SWIFT_QUERY,
+    "ultrafeedback": ranked.ULTRAFEEDBACK,
+    "generations": ranked.GENERATIONS,
+    "nectar": ranked.NECTAR,
+    "nectar-best-worst": ranked.NECTAR_BEST_WORST,
+    "helpsteer2": votes.HELPSTEER2,
+    "helpsteer3": votes.HELPSTEER3,
+    "pku-saferlhf": votes.PKU_SAFERLHF,
+    "pku-saferlhf-safer": votes.PKU_SAFERLHF_SAFER,
+    "arena": votes.ARENA,
+    "shp": votes.SHP,
+    "webgpt": votes.WEBGPT,
+    "summarize": votes.SUMMARIZE,
+}
+"""All forms that are read; those that are not in `WRITTEN` are how other data sets and tools lay out their rows."""

@@ -85,7 +85,8 @@ def inspection(report: DataReport, counts: TextCounts, dataset: PairDataset | No
         "dataset_format": report.dataset_format,
         "rows": report.rows_read,
         "pairs": report.pairs,
-        "refused": dict(report.refused_by_reason.most_common()),
+        "refused": _by_reason(report, left_out=False),
+        "left_out": _by_reason(report, left_out=True),
         "repaired": dict(report.repaired),
         "unit": "tokens" if dataset else "characters",
         "lengths": {part: _quantiles(column) for part, column in zip(PARTS, lengths, strict=True)},
@@ -102,6 +103,10 @@ def inspection(report: DataReport, counts: TextCounts, dataset: PairDataset | No
         "categories": dict(counts.categories.most_common()) if set(counts.categories) != {""} else {},
         **(_of_tokens(report, lengths) if dataset else {}),
     }
+
+
+def _by_reason(report: DataReport, *, left_out: bool) -> dict[str, int]:
+    return dict(Counter(row.kind for row in report.refused if row.left_out == left_out).most_common())
 
 
 def _of_tokens(report: DataReport, lengths: Lengths) -> dict[str, Any]:
@@ -152,10 +157,10 @@ def _histogram(lengths: Lengths) -> dict[str, list[float]]:
 
 def table(found: Mapping[str, Any]) -> list[str]:
     """The inspection as lines for a terminal."""
-    refused = found["rows"] - found["pairs"]
     lines = [f"{found['source']}: {found['pairs']:,} pairs from {found['rows']:,} rows ({found['dataset_format']})"]
-    lines += [f"refused: {refused:,} rows"] * bool(refused)
-    lines += [f"  {count:,} x {reason}" for reason, count in found["refused"].items()]
+    for name, rows in (("refused", found["refused"]), ("left out", found["left_out"])):
+        lines += [f"{name}: {sum(rows.values()):,} rows"] * bool(rows)
+        lines += [f"  {count:,} x {reason}" for reason, count in rows.items()]
     lines += [f"repaired: {count:,} x {kind}" for kind, count in found["repaired"].items()]
     lines += ["", f"  {found['unit']:10}" + "".join(f"{name:>9}" for name in ("mean", *_QUANTILES))]
     for part in PARTS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from qlora_dpo.config.data import PairFileOptions
-from qlora_dpo.data.files.readers import Row, Rows, settled_format
+from qlora_dpo.data.files.readers import Rows, settled_format
 from qlora_dpo.data.files.sources import Source, open_source
 from qlora_dpo.data.formats import ColumnNames, check_format, detect_format, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
@@ -29,10 +29,25 @@ class PairReader:
     max_samples: int | None = None
     repaired: Counter[str] = field(default_factory=Counter)
     """How often each repair made a row usable, in the latest reading."""
+    further_pairs: int = 0
+    """Pairs that rows held besides their first, in the latest reading."""
 
     def __iter__(self) -> Iterator[PreferencePair | RefusedRow]:
         self.repaired.clear()
-        return (self._parse(row) for row in self._with_format(islice(self.source.rows(), self.max_samples)))
+        self.further_pairs = 0
+        for row in self._with_format(islice(self.source.rows(), self.max_samples)):
+            if isinstance(row, RefusedRow):
+                yield row
+                continue
+            try:
+                parsed = parse_row(self.dataset_format, row.values, self.names, row.origin)
+            except RowError as error:
+                yield error.refused(row.origin)
+                continue
+            self.repaired.update(parsed.repairs)
+            self.further_pairs += len(parsed.more)
+            yield parsed.pair
+            yield from parsed.more
 
     def _with_format(self, rows: Rows) -> Rows:
         if self.dataset_format != "auto":
@@ -40,16 +55,6 @@ class PairReader:
         found, rows = settled_format(rows, lambda values: detect_format(values, self.names))
         self.dataset_format = found or self.dataset_format
         return rows
-
-    def _parse(self, row: Row | RefusedRow) -> PreferencePair | RefusedRow:
-        if isinstance(row, RefusedRow):
-            return row
-        try:
-            parsed = parse_row(self.dataset_format, row.values, self.names, row.origin)
-        except RowError as error:
-            return RefusedRow(row.origin, error.field, error.reason)
-        self.repaired.update(parsed.repairs)
-        return parsed.pair
 
 
 def reader_of(pairs: PairFileOptions) -> PairReader:

@@ -61,10 +61,12 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class ParsedPair:
-    """A pair and the names of the repairs that made it usable."""
+    """The pair that a row holds and the names of the repairs that made it usable."""
 
     pair: PreferencePair
     repairs: tuple[str, ...] = ()
+    more: tuple[PreferencePair, ...] = ()
+    """Further pairs of the same row, where it ranks more than two answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class RefusedRow:
     origin: str
     field: str
     reason: str
+    left_out: bool = False
+    """Nothing is wrong with the row, it only prefers neither answer: it is counted, and stops nothing."""
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.field}: {self.reason}"
@@ -100,6 +104,14 @@ class RowError(Exception):
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+
+    def refused(self, origin: str) -> RefusedRow:
+        """The row as it is listed."""
+        return RefusedRow(origin, self.field, self.reason, isinstance(self, NoPreferenceError))
+
+
+class NoPreferenceError(RowError):
+    """Raised by the parsers for a sound row that prefers neither answer, a tie: it is left out, with a count."""
 
 
 class NoPlaceError(RowError):

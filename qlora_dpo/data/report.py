@@ -17,7 +17,8 @@ _SHOWN_ROWS = 20
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """The account of one loading; always `rows_read == pairs + len(refused)`. SFT data has conversations for pairs."""
+    """The account of one loading; always `rows_read + further_pairs == pairs + len(refused)`: each row is a pair or is
+    refused, and of a row with further pairs so is each of these. SFT data has conversations for pairs."""
 
     source: str
     dataset_format: str
@@ -35,6 +36,8 @@ class DataReport:
     from_cache: bool = False
     refused_file: Path | None = None
     unit: str = "pairs"
+    further_pairs: int = 0
+    """Pairs that rows held besides their first."""
 
     @property
     def refused_by_reason(self) -> Counter[str]:
@@ -42,9 +45,9 @@ class DataReport:
 
     @property
     def bad_rows(self) -> list[RefusedRow]:
-        """The rows at fault themselves; one that only the length limits leave nothing of is not."""
+        """The rows at fault themselves; a tie is not, nor one that only the length limits leave nothing of."""
         of_limits = (EQUAL_AFTER_TRUNCATION, NOTHING_WITHIN_MAX_LENGTH)
-        return [row for row in self.refused if not row.reason.startswith(of_limits)]
+        return [row for row in self.refused if not row.left_out and not row.reason.startswith(of_limits)]
 
     def check(self, bad_rows: str) -> None:
         """Refuse to go on without pairs, or with bad rows unless they are to be skipped.
@@ -64,18 +67,22 @@ class DataReport:
             raise DataError(
                 f"{self.source}: none of the {self.rows_read} rows is a {self.dataset_format} "
                 f"{self.unit.removesuffix('s')}:\n"
-                f"{listed(self.refused)}\nCheck --dataset_format and the column names."
+                f"{listed(self.refused)}\n{self._advice()}"
             )
+
+    def _advice(self) -> str:
+        if any(row.reason == "missing" for row in self.refused):
+            return "Check --dataset_format and the column names."
+        return "Repair them, or name other data."
 
     def summary(self) -> list[str]:
         """Return the account as lines to print."""
         cached = ", from the cache" if self.from_cache else ""
         origin = f"{self.rows_read:,} rows ({self.dataset_format}{cached})"
         lines = [f"{self.source}: {self.pairs:,} {self.unit} from {origin}"]
-        if self.refused:
-            listed = f", listed in {self.refused_file}" if self.refused_file else ""
-            lines.append(f"refused: {len(self.refused):,} rows{listed}")
-            lines += [f"  {count:,} x {kind}" for kind, count in self.refused_by_reason.most_common()]
+        if self.further_pairs:
+            lines.append(f"ranked: {self.further_pairs:,} more pairs than rows, of rows with more than two answers")
+        lines += account_of(self.refused, self.refused_file)
         lines += [f"repaired: {count:,} x {kind}" for kind, count in self.repaired.items()]
         if self.truncated_prompts:
             lines.append(f"truncated: {self.truncated_prompts:,} prompts (the end was kept)")
@@ -94,6 +101,20 @@ class DataReport:
                 "otherwise once messages follow them"
             )
         return lines
+
+
+def account_of(refused: Sequence[RefusedRow], listed_in: Path | None = None) -> list[str]:
+    """How many rows were refused and how many left out, each with the reasons, as lines to print."""
+    lines = []
+    for name, rows in (
+        ("refused", [row for row in refused if not row.left_out]),
+        ("left out", [row for row in refused if row.left_out]),
+    ):
+        if rows:
+            lines.append(f"{name}: {len(rows):,} rows" + (f", listed in {listed_in}" if listed_in else ""))
+            kinds = Counter(row.kind for row in rows)
+            lines += [f"  {count:,} x {kind}" for kind, count in kinds.most_common()]
+    return lines
 
 
 def listed(rows: Sequence[RefusedRow]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from qlora_dpo.data.files.readers import Row, Rows, settled_format
 from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
-from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow, RowError
+from qlora_dpo.data.preferences import Message, ParsedPair, RefusedRow, RowError
 from qlora_dpo.labeling.refused import report_refused
 
 NOTHING_TO_COMPARE = "fewer than two different answers that are not empty"
@@ -60,7 +60,7 @@ def read_candidates(
         try:
             yield _candidates_of(row, dataset_format, names, seed)
         except RowError as error:
-            yield RefusedRow(row.origin, error.field, error.reason)
+            yield error.refused(row.origin)
 
 
 def load_candidates(source: str, bad_rows: Literal["fail", "skip"] = "fail") -> list[Candidates]:
@@ -83,9 +83,10 @@ def load_candidates(source: str, bad_rows: Literal["fail", "skip"] = "fail") -> 
     return candidates
 
 
-def blind_candidates(pair: PreferencePair, reference_answer: str | None = None, seed: int = 0) -> Candidates:
-    """A pair as two answers in an order that does not tell which one was chosen."""
-    answers = sorted((pair.chosen, pair.rejected))
+def blind_candidates(parsed: ParsedPair, reference_answer: str | None = None, seed: int = 0) -> Candidates:
+    """The answers of a row of pairs in an order that does not tell which one was chosen."""
+    pair = parsed.pair
+    answers = sorted({text for one in (pair, *parsed.more) for text in (one.chosen, one.rejected)})
     if int(_hash(pair.prompt, answers, seed), 16) % 2:
         answers.reverse()
     return Candidates(pair.prompt, tuple(answers), pair.category, reference_answer, pair.origin)
@@ -107,8 +108,7 @@ def _candidates_of(row: Row, dataset_format: str, names: ColumnNames, seed: int)
     if reference is not None and not isinstance(reference, str):
         raise RowError("reference_answer", f"must be text (it is {type(reference).__name__})")
     if "answers" not in values:
-        pair = parse_row(dataset_format, values, names, row.origin).pair
-        return blind_candidates(pair, reference or None, seed)
+        return blind_candidates(parse_row(dataset_format, values, names, row.origin), reference or None, seed)
     answers = _different_answers(values["answers"])
     form = "plaintext" if isinstance(values.get(names.prompt), str) else "messages"
     as_pair = {**values, names.chosen: answers[0], names.rejected: answers[1]}

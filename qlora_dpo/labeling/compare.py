@@ -94,7 +94,7 @@ def read_labelling(source: str) -> Labelling:
         try:
             key, chosen, pair = _of_pair(row, form)
         except RowError as error:
-            refused.append(RefusedRow(row.origin, error.field, error.reason))
+            refused.append(error.refused(row.origin))
             continue
         labels[key] = _place(chosen)
         if pair.category is not None:
@@ -121,11 +121,12 @@ def _of_pair(row: Row | RefusedRow, form: str) -> tuple[str, int, PreferencePair
     """Key, number of the chosen answer, and pair: as a labeller wrote them, or as one would get the pair."""
     if isinstance(row, RefusedRow):
         raise RowError(row.field, row.reason)
-    pair = parse_row(form, row.values, ColumnNames(), row.origin).pair
+    parsed = parse_row(form, row.values, ColumnNames(), row.origin)
+    pair = parsed.pair
     label = row.values.get("label")
     if isinstance(label, dict) and isinstance(label.get("key"), str) and isinstance(label.get("chosen"), int):
         return label["key"], label["chosen"], pair
-    item = blind_candidates(pair)
+    item = blind_candidates(parsed)
     return item.key, item.answers.index(pair.chosen), pair
 
 

@@ -49,7 +49,7 @@ def read_prompts(
                 number, prompt, category or category_of_pair, reference if reference.strip() else None, row.origin
             )
         except RowError as error:
-            yield RefusedRow(row.origin, error.field, error.reason)
+            yield error.refused(row.origin)
 
 
 def load_prompts(source: str, bad_rows: Literal["fail", "skip"], **keys: str) -> list[PromptRow]:

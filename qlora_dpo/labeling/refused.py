@@ -12,7 +12,7 @@ from qlora_dpo.errors import DataError
 
 
 def report_refused(source: str, refused: Sequence[RefusedRow], usable: int, bad_rows: Literal["fail", "skip"]) -> None:
-    """Say which rows are left out.
+    """Say which rows are left out; a row that prefers neither answer always may be.
 
     Raises:
         DataError: they may not be, or no other is left.
@@ -20,9 +20,11 @@ def report_refused(source: str, refused: Sequence[RefusedRow], usable: int, bad_
     if not refused:
         return
     total = len(refused) + usable
-    if bad_rows == "fail" or not usable:
+    bad = [row for row in refused if not row.left_out]
+    if not usable or (bad and bad_rows == "fail"):
         advice = f"\nRepair them, or go on with the other {usable} by --bad_rows skip." if usable else ""
-        raise DataError(f"{len(refused)} of {total} rows of {source} cannot be used:\n{listed(refused)}{advice}")
+        bad = bad or list(refused)
+        raise DataError(f"{len(bad)} of {total} rows of {source} cannot be used:\n{listed(bad)}{advice}")
     print(f"{source}: {len(refused):,} of {total:,} rows are left out:\n{listed(refused)}")
     for kind, count in Counter(row.kind for row in refused).most_common():
         print(f"  {count:,} x {kind}")

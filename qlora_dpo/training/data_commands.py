@@ -46,8 +46,11 @@ def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOption
         reader = reader_of(pairs)
         refused: list[RefusedRow] = []
         counts = count_texts(_usable(reader, refused))
-        rows, usable = len(counts.lengths) + len(refused), len(counts.lengths)
-        report = DataReport(reader.source.name, reader.dataset_format, rows, usable, tuple(refused))
+        further, usable = reader.further_pairs, len(counts.lengths)
+        rows = usable + len(refused) - further
+        report = DataReport(
+            reader.source.name, reader.dataset_format, rows, usable, tuple(refused), further_pairs=further
+        )
         report.check("skip")
     found = inspection(report, counts, dataset)
     found["training"] = _training(found, options)

@@ -17,7 +17,7 @@ from qlora_dpo.data.convert import DROPS, convert
 from qlora_dpo.data.files import writers
 from qlora_dpo.data.files.readers import Row
 from qlora_dpo.data.files.sources import open_source, read_rows
-from qlora_dpo.data.formats import FORMATS, ColumnNames, write_row
+from qlora_dpo.data.formats import WRITTEN, ColumnNames, write_row
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
 from qlora_dpo.errors import DataError, UsageError
@@ -66,7 +66,7 @@ def out(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_every_format_goes_through_every_kind_of_file_and_back(
     write_jsonl: Callable[..., str], out: Callable[[str], Path], name: str, suffix: str
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_dpo.data.dataset import load_preference_dataset
-from qlora_dpo.data.formats import FORMATS, all_columns
+from qlora_dpo.data.formats import FORMATS, WRITTEN, all_columns
 from qlora_dpo.errors import QloraDpoError
 
 SETTINGS = settings(
@@ -51,7 +51,7 @@ GOOD_ROWS = [
     GOOD,
     *(
         {key: value for key, value in all_columns(name).items() if key != dropped}
-        for name in FORMATS
+        for name in WRITTEN
         for dropped in ("", "category")
     ),
 ]

@@ -14,7 +14,7 @@ BadRows = Literal["fail", "skip", "known"]
 
 RefusedCheck = Callable[[RefusedRow], bool]
 
-EQUAL_AFTER_CUT, SKIPPED = "equal_after_cut", "skipped_row"
+EQUAL_AFTER_CUT, NO_PREFERENCE, SKIPPED = "equal_after_cut", "no_preference", "skipped_row"
 
 # The first that says yes takes the row.
 REFUSED_RULES: tuple[Rule[RefusedCheck], ...] = (
@@ -24,6 +24,13 @@ REFUSED_RULES: tuple[Rule[RefusedCheck], ...] = (
         "answers that differ only after the cut at --max_length, which are left out",
         "Raise --max_length, so that the difference is trained on.",
         lambda row: row.reason == EQUAL_AFTER_TRUNCATION,
+    ),
+    Rule(
+        NO_PREFERENCE,
+        "warning",
+        "rows that prefer neither answer, which are left out",
+        "Nothing to do; they are not trained on.",
+        lambda row: row.left_out,
     ),
     Rule(
         "equal_pair",
@@ -60,8 +67,9 @@ def refused_rows(rows: Iterable[RefusedRow], bad_rows: BadRows) -> Iterator[Find
     """What there is to say about refused rows."""
     for row in rows:
         name = next(rule.name for rule in REFUSED_RULES if rule.check(row))
-        if name != EQUAL_AFTER_CUT and bad_rows == "known":
+        is_bad = name not in (EQUAL_AFTER_CUT, NO_PREFERENCE)
+        if bad_rows == "known" and name != EQUAL_AFTER_CUT:
             continue
-        if name != EQUAL_AFTER_CUT and bad_rows == "skip":
+        if bad_rows == "skip" and is_bad:
             name = SKIPPED
         yield Finding(row.origin, name, f"{row.field}: {row.reason}")

@@ -91,9 +91,10 @@ class _Found:
         report = DataReport(
             self._reader.source.name,
             self._reader.dataset_format,
-            rows_read=len(categories) + len(refused),
+            rows_read=len(categories) + len(refused) - self._reader.further_pairs,
             pairs=len(categories),
             refused=tuple(refused),
+            further_pairs=self._reader.further_pairs,
         )
         report.check(bad_rows)
         print("\n".join(report.summary()), file=sys.stderr)

@@ -35,14 +35,19 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
     prompt = "\n".join(part for part in parts if part)
     if not prompt.strip():
         raise RowError("instruction", "the prompt is empty")
-    messages = [*_history(values), Message(role="user", content=prompt)]
+    messages = [*history_of(values), Message(role="user", content=prompt)]
     pair = PreferencePair(
         tuple(with_system(values, messages)), text_of(values, names.chosen), text_of(values, names.rejected)
     )
     return ParsedPair(pair)
 
 
-def _history(values: Values) -> list[Message]:
+def history_of(values: Values) -> list[Message]:
+    """The turns of the column `history`, pairs of texts.
+
+    Raises:
+        RowError: when it holds something else.
+    """
     history = values.get("history") or []
     if not isinstance(history, list):
         raise RowError("history", f"must be a list of pairs of texts (it is {kind(history)})")

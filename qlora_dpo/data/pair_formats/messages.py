@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dpo.data.messages import Values, check_prompt, clean_text, messages_of, value_of
+from qlora_dpo.data.pair_formats import axolotl
 from qlora_dpo.data.preferences import ColumnNames, Message, ParsedPair, PreferencePair, RowError
 
 COLUMNS = "chosen, rejected (messages with role and content), prompt (the same, or absent)"
@@ -22,6 +23,7 @@ def matches(values: Values, names: ColumnNames) -> bool:
         return False
     prompt, chosen, rejected = (_is_messages(values, column) for column in (names.prompt, names.chosen, names.rejected))
     elsewhere = names.prompt not in values and any(_is_messages(values, column) for column in _OTHER_PROMPTS)
+    elsewhere = elsewhere or axolotl.matches(values, names)
     return (prompt or (chosen and rejected)) and not elsewhere
 
 

@@ -14,7 +14,7 @@ from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import detect_format, parse_row
 from qlora_dpo.data.linting.lint import kept_texts, tokenized_source
 from qlora_dpo.data.messages import check_prompt, clean_text, keys_of, messages_of
-from qlora_dpo.data.preferences import ColumnNames, Message, RefusedRow, RowError
+from qlora_dpo.data.preferences import ColumnNames, Message, NoPreferenceError, RefusedRow, RowError
 from qlora_dpo.errors import DataError, StorageError, UsageError
 from qlora_dpo.release.artefact import Artefact
 from qlora_dpo.training.data import load_training_data
@@ -131,5 +131,7 @@ def _read(source: str) -> Iterator[Prompt]:
                 yield clean_text(names.prompt, value)
             else:
                 yield parse_row(detect_format(row.values, names), row.values, names, row.origin).pair.prompt
+        except NoPreferenceError:
+            continue
         except RowError as error:
             raise DataError(f"{row.origin}: {error.field}: {error.reason}. Correct the row.") from error
