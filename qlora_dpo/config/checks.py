@@ -252,12 +252,13 @@ def _shown(value: Any) -> str:
 # What only one of the objectives reads: an SFT run has no reference, no pairs and no other loss.
 _OF_DPO = (
     *(option.name for group in (LossOptions, StoreOptions) for option in fields(group)),
-    "reference_model", "chosen_key", "rejected_key", "max_prompt_length", "on_displacement", "lint",
+    "reference_model", "chosen_key", "rejected_key", "confidence_key", "max_prompt_length", "on_displacement", "lint",
 )  # fmt: skip
 _OF_SFT = ("messages_key", "response_key")
 _OF_REAL_TRAINING = (
     "objective", "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision",
     "eval_dataset", "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "messages_key",
+    "category_key", "confidence_key", "ignore_columns",
     "response_key", "confidence_as", "prompt_template", "trust_remote_code",
 )  # fmt: skip
 

@@ -30,6 +30,12 @@ class PairFileOptions:
     """Column of the preferred answer."""
     rejected_key: str = "rejected"
     """Column of the dispreferred answer."""
+    category_key: str = "category"
+    """Column of the category, a text; '' for none."""
+    confidence_key: str = "confidence"
+    """Column of how sure the label is, above 0 and at most 1; '' for none."""
+    ignore_columns: Names = _NO_NAMES
+    """Columns to leave out, although they may carry content (system, input, context, tools, ...)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class ConvertOptions:
     """File to write; its suffix says of what kind: .jsonl, .json, .csv, .parquet."""
     drop: Names = _NO_NAMES
     """What may be lost where the format to write has no place for it: system, history (all turns but the last),
-    whitespace (around texts), reference_logps. A row that would lose anything else is refused."""
+    whitespace (around texts), thoughts, tools, chat_template_kwargs, reference_logps. A row that would lose anything
+    else is refused."""
     bad_rows: Literal["fail", "skip"] = "fail"
     """What to do with rows that cannot be read or written: list them and stop, or list them and write the rest."""
 

@@ -91,6 +91,12 @@ class DataOptions:
     """Column of the preferred answer (plaintext, messages)."""
     rejected_key: str = "rejected"
     """Column of the dispreferred answer (plaintext, messages)."""
+    category_key: str = "category"
+    """Column of the category, a text; '' for none."""
+    confidence_key: str = "confidence"
+    """Column of how sure the label of a pair is, above 0 and at most 1; '' for none."""
+    ignore_columns: Names = _NO_NAMES
+    """Columns to leave out, although they may carry content (system, input, context, tools, ...)."""
     messages_key: str = "messages"
     """With --objective sft: column of a whole conversation (messages)."""
     response_key: str = "response"

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_dpo.data import pair_store
+from qlora_dpo.data.columns import CONTENT, UnreadColumns
 from qlora_dpo.data.control_tokens import tokenizer_content
 from qlora_dpo.data.conversation_tokens import TokenizedConversation
-from qlora_dpo.data.conversations import detect_conversation_format, parse_conversation
+from qlora_dpo.data.conversations import conversation_columns_read, detect_conversation_format, parse_conversation
 from qlora_dpo.data.files.readers import Row, Rows, settled_format
 from qlora_dpo.data.files.sources import Source
-from qlora_dpo.data.formats import detect_format, parse_row
-from qlora_dpo.data.messages import Values
+from qlora_dpo.data.formats import columns_read, detect_format, parse_row
 from qlora_dpo.data.preferences import RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.data.tokenization import TokenizedPair
+from qlora_dpo.data.values import Values
 
 # Part of the cache key: raise it when the same file would give other ids or another report.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _BATCH = 1000  # rows
 
@@ -49,6 +50,8 @@ class SampleKind:
     sample: type
     detect: Callable[[Values, Any], str]
     parse: Callable[[str, Values, Any, str], Parsed]
+    reads: Callable[[str, Any], frozenset[str]]
+    """The columns that a format reads; with `auto` those that any would."""
 
 
 def _parse_pair(name: str, values: Values, names: Any, origin: str) -> Parsed:
@@ -61,8 +64,14 @@ def _parse_conversation(name: str, values: Values, names: Any, origin: str) -> P
     return (parsed.conversation,), parsed.repairs
 
 
-PAIRS = SampleKind("pairs", TokenizedPair, detect_format, _parse_pair)
-CONVERSATIONS = SampleKind("conversations", TokenizedConversation, detect_conversation_format, _parse_conversation)
+PAIRS = SampleKind("pairs", TokenizedPair, detect_format, _parse_pair, columns_read)
+CONVERSATIONS = SampleKind(
+    "conversations",
+    TokenizedConversation,
+    detect_conversation_format,
+    _parse_conversation,
+    conversation_columns_read,
+)
 
 
 @dataclass(slots=True)
@@ -78,6 +87,7 @@ class TokenizingJob:
     repaired: Counter[str] = field(default_factory=Counter)
     further: int = 0
     """Samples that rows held besides their first."""
+    unread: UnreadColumns = field(default_factory=UnreadColumns)
 
     def key(self) -> str:
         """Hash everything that the stored ids and report depend on."""
@@ -95,7 +105,8 @@ class TokenizingJob:
 
     def build(self, folder: Path) -> None:
         """Read, check and tokenize the source into a store."""
-        rows = self._with_format(islice(self.source.rows(), self.max_samples))
+        wanted = self.kind.reads(self.dataset_format, self.names) | CONTENT.keys()
+        rows = self._with_format(islice(self.source.rows(wanted), self.max_samples))
         rows_read = 0
         with pair_store.new_store(folder) as building:
             with pair_store.SampleWriter(building, self.kind.sample) as writer:
@@ -110,6 +121,7 @@ class TokenizingJob:
                 "pairs": writer.samples,
                 "unit": self.kind.unit,
                 "repaired": self.repaired,
+                "unread_columns": self.unread.names,
                 **asdict(self.tokenizer.counts),
             }
             content = {"report": report, "fingerprint": writer.content.hexdigest()}
@@ -133,6 +145,7 @@ class TokenizingJob:
         """What the row holds, or the row as refused."""
         if isinstance(row, RefusedRow):
             return (row,)
+        self.unread.add(row.values, self.kind.reads(self.dataset_format, self.names), self.names.ignore_columns)
         try:
             parsed, repairs = self.kind.parse(self.dataset_format, row.values, self.names, row.origin)
         except RowError as error:

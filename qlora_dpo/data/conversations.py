@@ -1,6 +1,7 @@
 """The forms a row of SFT data can have, an entry of `CONVERSATION_FORMATS` each, and how it becomes a `Conversation`.
 
-Columns that a format does not name are ignored, except `category` (text), which every format may carry.
+Every format may carry `category` (text) and the columns of `columns.CONTENT`. All other columns that a format does
+not read are named to the user.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
-from qlora_dpo.data.messages import Values, all_text, keys_of, kind, messages_of, text_of, value_of
-from qlora_dpo.data.pair_formats.sharegpt import refuse_unsupported
+from qlora_dpo.data.columns import add_content, category_of, without
+from qlora_dpo.data.messages import is_silent, messages_of, with_saved_messages
 from qlora_dpo.data.preferences import Message, RowError
+from qlora_dpo.data.values import Values, all_text, kind, text_of, value_of
 from qlora_dpo.errors import UsageError
 
 AFTER_THE_LAST_ANSWER = "messages after the last answer, which nothing is learned from, left out"
@@ -44,6 +47,10 @@ class ConversationColumns:
     messages: str = "messages"
     prompt: str = "prompt"
     response: str = "response"
+    category: str = "category"
+    """Empty: no column holds it."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are as good as absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ class ConversationFormat:
     columns: str
     matches: Callable[[Values, ConversationColumns], bool]
     parse: Callable[[Values, ConversationColumns], ParsedConversation]
+    reads: Callable[[ConversationColumns], tuple[str, ...]]
+    """The columns that `parse` reads."""
 
 
 def parse_conversation(name: str, values: Values, names: ConversationColumns, origin: str) -> ParsedConversation:
@@ -61,10 +70,31 @@ def parse_conversation(name: str, values: Values, names: ConversationColumns, or
     Raises:
         RowError: when the row is no usable conversation.
     """
-    refuse_unsupported(values)
+    read = conversation_columns_read(name, names)
+    values = with_saved_messages(without(values, names.ignore_columns), read)
     parsed = CONVERSATION_FORMATS[name].parse(values, names)
-    category = None if values.get("category") is None else text_of(values, "category") or None
-    return replace(parsed, conversation=replace(parsed.conversation, category=category, origin=origin))
+    conversation = replace(parsed.conversation, category=category_of(values, names.category), origin=origin)
+    content = add_content(values, read, conversation.messages)
+    if content is None:
+        return replace(parsed, conversation=conversation)
+    conversation = replace(
+        conversation,
+        messages=tuple(content.messages),
+        tools=conversation.tools or content.tools,
+        chat_template_kwargs=conversation.chat_template_kwargs or content.chat_template_kwargs,
+    )
+    return ParsedConversation(conversation, (*parsed.repairs, *content.repairs))
+
+
+@lru_cache
+def conversation_columns_read(name: str, names: ConversationColumns) -> frozenset[str]:
+    """The columns that a format reads, by its name; with `auto` those that any format would.
+
+    The columns of `columns.CONTENT` are read beside these, whatever the format.
+    """
+    forms = CONVERSATION_FORMATS.values() if name == "auto" else [CONVERSATION_FORMATS[name]]
+    read = {column for form in forms for column in form.reads(names)}
+    return frozenset(read | {names.category}) - {"", *names.ignore_columns}
 
 
 def detect_conversation_format(values: Values, names: ConversationColumns | None = None) -> str:
@@ -74,6 +104,7 @@ def detect_conversation_format(values: Values, names: ConversationColumns | None
         UsageError: when no format, or more than one, fits.
     """
     names = names or ConversationColumns()
+    values = with_saved_messages(without(values, names.ignore_columns), values)
     fitting = [name for name, form in CONVERSATION_FORMATS.items() if form.matches(values, names)]
     if len(fitting) == 1:
         return fitting[0]
@@ -101,11 +132,11 @@ def check_conversation_format(name: str) -> None:
 
 def _parse_messages(values: Values, names: ConversationColumns) -> ParsedConversation:
     column, value = names.messages, value_of(values, names.messages)
-    messages = messages_of(column, value, keys=keys_of(value), may_end_empty=True)
+    messages = messages_of(column, value, may_end_empty=True)
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError(column, "no message is the assistant's, so there is nothing to learn")
-    if not messages[answers[-1]]["content"].strip():
+    if is_silent(messages[answers[-1]]):
         raise RowError(f"{column}[{answers[-1]}]", "the answer is empty")
     used = messages[: answers[-1] + 1]
     return ParsedConversation(Conversation(tuple(used)), (AFTER_THE_LAST_ANSWER,) if len(used) < len(messages) else ())
@@ -126,10 +157,12 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
         "messages (a list of messages with role and content, or from and value)",
         lambda values, names: isinstance(values.get(names.messages), list),
         _parse_messages,
+        lambda names: (names.messages,),
     ),
     "plaintext": ConversationFormat(
         "prompt, response (text)",
         lambda values, names: all_text(values, names.prompt, names.response),
         _parse_plaintext,
+        lambda names: (names.prompt, names.response),
     ),
 }

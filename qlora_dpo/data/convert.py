@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 from qlora_dpo.config.checks import nearest
 from qlora_dpo.config.data import ConvertOptions, PairFileOptions
@@ -16,7 +17,7 @@ from qlora_dpo.data.formats import WRITTEN, all_columns, check_format, write_row
 from qlora_dpo.data.pair_reader import PairReader, reader_of
 from qlora_dpo.data.preferences import Message, NoPlaceError, PreferencePair, RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
-from qlora_dpo.data.report import account_of, listed
+from qlora_dpo.data.report import account_of, listed, not_read
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 
@@ -126,6 +127,7 @@ class Conversion:
             *account_of(self.refused, self.refused_file),
         ]
         lines += [f"repaired: {count:,} x {kind}" for kind, count in reader.repaired.items()]
+        lines += not_read(reader.unread.names)
         lines += [f"dropped: {count:,} x {name}" for name, count in self.dropped.items()]
         return lines
 
@@ -157,8 +159,20 @@ def _without_history(pair: PreferencePair) -> PreferencePair:
 
 
 def _without_whitespace(pair: PreferencePair) -> PreferencePair:
-    stripped = (Message(role=message["role"], content=message["content"].strip()) for message in pair.messages)
+    stripped = (Message(**message | {"content": message["content"].strip()}) for message in pair.messages)
     return replace(_with_prompt(pair, stripped), chosen=pair.chosen.strip(), rejected=pair.rejected.strip())
+
+
+def _without_thoughts(pair: PreferencePair) -> PreferencePair:
+    def without(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in fields.items() if key != "reasoning_content"}
+
+    return replace(
+        pair,
+        prompt=tuple(cast(Message, without(message)) for message in pair.messages),
+        chosen_fields=without(pair.chosen_fields),
+        rejected_fields=without(pair.rejected_fields),
+    )
 
 
 def _with_prompt(pair: PreferencePair, messages: Iterable[Message]) -> PreferencePair:
@@ -169,5 +183,8 @@ DROPS: dict[str, Callable[[PreferencePair], PreferencePair]] = {
     "system": _without_system,
     "history": _without_history,
     "whitespace": _without_whitespace,
+    "thoughts": _without_thoughts,
+    "tools": lambda pair: replace(pair, tools=()),
+    "chat_template_kwargs": lambda pair: replace(pair, chat_template_kwargs={}),
     "reference_logps": lambda pair: replace(pair, reference_logps=None),
 }

@@ -137,6 +137,9 @@ def load_preference_dataset(
     prompt_key: str = "prompt",
     chosen_key: str = "chosen",
     rejected_key: str = "rejected",
+    category_key: str = "category",
+    confidence_key: str = "confidence",
+    ignore_columns: Sequence[str] = (),
     max_length: int = 1024,
     max_prompt_length: int = 512,
     bad_rows: Literal["fail", "skip"] = "fail",
@@ -159,7 +162,7 @@ def load_preference_dataset(
         source=open_source(source, split=split, revision=revision),
         tokenizer=PairTokenizer(tokenizer, max_length, max_prompt_length),
         dataset_format=dataset_format,
-        names=ColumnNames(prompt_key, chosen_key, rejected_key),
+        names=ColumnNames(prompt_key, chosen_key, rejected_key, category_key, confidence_key, tuple(ignore_columns)),
         max_samples=max_samples,
     )
     folder, report, fingerprint = _from_cache(job, bad_rows, cache_dir)
@@ -178,6 +181,8 @@ def load_conversation_dataset(
     messages_key: str = "messages",
     prompt_key: str = "prompt",
     response_key: str = "response",
+    category_key: str = "category",
+    ignore_columns: Sequence[str] = (),
     max_length: int = 1024,
     bad_rows: Literal["fail", "skip"] = "fail",
     cache_dir: str | Path | None = None,
@@ -195,7 +200,7 @@ def load_conversation_dataset(
         source=open_source(source, split=split, revision=revision),
         tokenizer=ConversationTokenizer(tokenizer, max_length),
         dataset_format=dataset_format,
-        names=ConversationColumns(messages_key, prompt_key, response_key),
+        names=ConversationColumns(messages_key, prompt_key, response_key, category_key, tuple(ignore_columns)),
         max_samples=max_samples,
     )
     return ConversationDataset(*_from_cache(job, bad_rows, cache_dir))
@@ -213,7 +218,7 @@ def _from_cache(job: TokenizingJob, bad_rows: str, cache_dir: str | Path | None)
     if manifest is None:
         raise StorageError(f"the tokenized data just written to {folder} read back differently; check that disk.")
     report = DataReport(
-        **manifest["report"],
+        **manifest["report"] | {"unread_columns": tuple(manifest["report"]["unread_columns"])},
         refused=pair_store.read_refused(folder),
         from_cache=from_cache,
         refused_file=folder / pair_store.REFUSED_FILE,

@@ -1,17 +1,19 @@
 """The forms a row of preference data can have, an entry of `FORMATS` each: how to know it, how it becomes a
 `PreferencePair`, and how a pair is written in it.
 
-Columns that a format does not name are ignored, except `category` (text) and `confidence` (a number in
-(0, 1]), which every format may carry.
+Every format may carry `category` (text), `confidence` (a number in (0, 1]) and the columns of `columns.CONTENT`.
+All other columns that a format does not read are named to the user.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Protocol
 
-from qlora_dpo.data.messages import Values, kind, shown, text_of
+from qlora_dpo.data.columns import add_content, category_of, without
+from qlora_dpo.data.messages import is_silent, with_saved_messages
 from qlora_dpo.data.pair_formats import (
     alpaca,
     axolotl,
@@ -26,6 +28,7 @@ from qlora_dpo.data.pair_formats import (
     votes,
 )
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, kind, shown
 from qlora_dpo.errors import UsageError
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "ParsedPair",
     "all_columns",
     "check_format",
+    "columns_read",
     "detect_format",
     "parse_row",
     "write_row",
@@ -48,6 +52,9 @@ class Format(Protocol):
     """In words."""
     EXAMPLE: dict[str, Any]
     """A row; with every column that `write` knows, where the form is written, too."""
+
+    def reads(self, names: ColumnNames, /) -> tuple[str, ...]:
+        """The columns that `parse` reads. A column that no format reads, nor `columns.CONTENT`, stays in its file."""
 
     def matches(self, values: Values, names: ColumnNames, /) -> bool:
         """Tell by its columns whether a row has this form."""
@@ -63,28 +70,53 @@ class WrittenFormat(Format, Protocol):
         """Make a row. Raises: RowError when the form has no place for something."""
 
 
+@lru_cache
+def columns_read(name: str, names: ColumnNames) -> frozenset[str]:
+    """The columns that a format reads, by its name; with `auto` those that any format would.
+
+    The columns of `columns.CONTENT` are read beside these, whatever the format.
+    """
+    forms = FORMATS.values() if name == "auto" else [FORMATS[name]]
+    read = {column for form in forms for column in form.reads(names)}
+    return frozenset(read | {names.category, names.confidence}) - {"", *names.ignore_columns}
+
+
 def parse_row(name: str, values: Values, names: ColumnNames, origin: str) -> ParsedPair:
     """Read one row of a named format; its further pairs stand at `origin#2`, `origin#3`, ...
 
     Raises:
         RowError: when the row is no usable pair.
     """
+    read = columns_read(name, names)
+    values = with_saved_messages(without(values, names.ignore_columns), read)
     parsed = FORMATS[name].parse(values, names)
-    category, confidence = _category(values), _confidence(values)
+    category, confidence = category_of(values, names.category), _confidence(values, names.confidence)
+    repairs: dict[str, None] = dict.fromkeys(parsed.repairs)
 
     def finished(pair: PreferencePair, origin: str) -> PreferencePair:
         _check_answers(pair, names)
-        return replace(pair, category=category or pair.category, confidence=confidence, origin=origin)
+        pair = replace(pair, category=category or pair.category, confidence=confidence, origin=origin)
+        content = add_content(values, read, pair.messages)
+        if content is None:
+            return pair
+        repairs.update(dict.fromkeys(content.repairs))
+        return replace(
+            pair,
+            prompt=tuple(content.messages),
+            tools=pair.tools or content.tools,
+            chat_template_kwargs=pair.chat_template_kwargs or content.chat_template_kwargs,
+        )
 
-    further = (finished(pair, f"{origin}#{number}") for number, pair in enumerate(parsed.more, 2))
-    return replace(parsed, pair=finished(parsed.pair, origin), more=tuple(further))
+    first = finished(parsed.pair, origin)
+    further = tuple(finished(pair, f"{origin}#{number}") for number, pair in enumerate(parsed.more, 2))
+    return ParsedPair(first, tuple(repairs), further)
 
 
 def _check_answers(pair: PreferencePair, names: ColumnNames) -> None:
-    for column, answer in ((names.chosen, pair.chosen), (names.rejected, pair.rejected)):
-        if not answer.strip():
+    for column, answer in ((names.chosen, pair.chosen_message), (names.rejected, pair.rejected_message)):
+        if is_silent(answer):
             raise RowError(column, "the answer is empty")
-    if pair.chosen == pair.rejected:
+    if pair.chosen_message == pair.rejected_message:
         raise RowError(names.rejected, "the same answer as chosen")
 
 
@@ -97,6 +129,10 @@ def write_row(name: str, pair: PreferencePair) -> dict[str, Any]:
     if pair.reference_logps is not None and name != "opendpo":
         raise NoPlaceError("reference_logps", "log-probs of a reference", "reference_logps")
     row = WRITTEN[name].write(pair)
+    if pair.tools:
+        row["tools"] = list(pair.tools)
+    if pair.chat_template_kwargs:
+        row["chat_template_kwargs"] = dict(pair.chat_template_kwargs)
     if pair.category is not None and "meta" not in row:
         row["category"] = pair.category
     if pair.confidence != 1.0:
@@ -110,7 +146,13 @@ def write_row(name: str, pair: PreferencePair) -> dict[str, Any]:
 def all_columns(name: str) -> dict[str, Any]:
     """A row with every column that `write_row` may give a row of a named format."""
     example = WRITTEN[name].EXAMPLE
-    return {**example, **({} if "meta" in example else {"category": "math"}), "confidence": 0.5}
+    return {
+        **example,
+        **({} if "meta" in example else {"category": "math"}),
+        "confidence": 0.5,
+        "tools": [],
+        "chat_template_kwargs": {},
+    }
 
 
 def detect_format(values: Values, names: ColumnNames | None = None) -> str:
@@ -120,6 +162,7 @@ def detect_format(values: Values, names: ColumnNames | None = None) -> str:
         UsageError: when no format, or more than one, fits.
     """
     names = names or ColumnNames()
+    values = with_saved_messages(without(values, names.ignore_columns), values)
     fitting = [name for name, form in FORMATS.items() if form.matches(values, names)]
     if len(fitting) == 1:
         return fitting[0]
@@ -148,22 +191,26 @@ def check_format(name: str, flag: str = "dataset_format") -> None:
     raise UsageError(f"--{flag} {name!r} is not known; choose {known}.{hint}")
 
 
-def _category(values: Values) -> str | None:
-    if values.get("category") is None:
-        return None
-    return text_of(values, "category") or None
-
-
-def _confidence(values: Values) -> float:
-    value = values.get("confidence")
-    if value is None:
+def _confidence(values: Values, column: str) -> float:
+    value = values.get(column)
+    if value is None or value == "":
         return 1.0
+    if isinstance(value, str):  # CSV knows only text
+        value = _number(value)
+    way_out = "; --confidence_key names another column, or '' for none"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError("confidence", f"must be a number (it is {kind(value)})")
+        raise RowError(column, f"must be a number (it is {kind(value)}{way_out})")
     # Written so that NaN, which compares false with everything, is refused too.
     if not 0 < value <= 1:
-        raise RowError("confidence", f"must be above 0 and at most 1 (it is {shown(value)})")
+        raise RowError(column, f"must be above 0 and at most 1 (it is {shown(value)}{way_out})")
     return float(value)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 WRITTEN: dict[str, WrittenFormat] = {

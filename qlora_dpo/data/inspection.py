@@ -16,7 +16,7 @@ from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.languages import UNKNOWN, language_of
 from qlora_dpo.data.linting.sets import length_bias
 from qlora_dpo.data.preferences import PreferencePair
-from qlora_dpo.data.report import DataReport
+from qlora_dpo.data.report import DataReport, not_read
 
 SAMPLED_LANGUAGES = 1000
 PARTS = ("prompt", "chosen", "rejected")
@@ -88,6 +88,7 @@ def inspection(report: DataReport, counts: TextCounts, dataset: PairDataset | No
         "refused": _by_reason(report, left_out=False),
         "left_out": _by_reason(report, left_out=True),
         "repaired": dict(report.repaired),
+        "unread_columns": list(report.unread_columns),
         "unit": "tokens" if dataset else "characters",
         "lengths": {part: _quantiles(column) for part, column in zip(PARTS, lengths, strict=True)},
         "histogram": _histogram(lengths),
@@ -162,6 +163,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
         lines += [f"{name}: {sum(rows.values()):,} rows"] * bool(rows)
         lines += [f"  {count:,} x {reason}" for reason, count in rows.items()]
     lines += [f"repaired: {count:,} x {kind}" for kind, count in found["repaired"].items()]
+    lines += not_read(found["unread_columns"])
     lines += ["", f"  {found['unit']:10}" + "".join(f"{name:>9}" for name in ("mean", *_QUANTILES))]
     for part in PARTS:
         values = "".join(f"{value:9,.0f}" for value in found["lengths"][part].values())

@@ -1,20 +1,14 @@
-"""Text and messages out of the columns of a row, or the reason why there are none."""
+"""Messages out of the columns of a row, or the reason why there are none."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qlora_dpo.data.preferences import Message, RowError
-
-Values = Mapping[str, Any]
-
-ROLES = ("system", "user", "assistant")
-
-_TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+from qlora_dpo.data.message_fields import calls_of, joined_parts, other_fields
+from qlora_dpo.data.preferences import Message, NoPlaceError, PreferencePair, RowError
+from qlora_dpo.data.saved_text import saved_messages
+from qlora_dpo.data.values import Values, clean_text, kind, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +18,21 @@ class MessageKeys:
     role: str
     content: str
     roles: Mapping[str, str]
+    other_roles: Mapping[str, str]
+    """Those that only some programs write."""
 
 
-OPENAI = MessageKeys("role", "content", {role: role for role in ROLES})
+OPENAI = MessageKeys(
+    "role",
+    "content",
+    {role: role for role in ("system", "user", "assistant", "tool")},
+    {"developer": "system", "function": "tool", "ipython": "tool"},
+)
 SHAREGPT = MessageKeys(
     "from",
     "value",
     {"system": "system", "human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"},
+    {"observation": "tool", "tool": "tool", "function_response": "tool", "function_call": "assistant"},
 )
 
 
@@ -40,141 +42,122 @@ def keys_of(value: object) -> MessageKeys:
     return SHAREGPT if isinstance(first, dict) and SHAREGPT.role in first else OPENAI
 
 
-def messages_of(
-    column: str, value: object, *, keys: MessageKeys = OPENAI, may_end_empty: bool = False
-) -> list[Message]:
+def messages_of(column: str, value: object, *, may_end_empty: bool = False) -> list[Message]:
     """Read a list of messages, or one message, that is the value of a column.
 
     Raises:
-        RowError: when it is none, or a message but the system's is empty (`may_end_empty`: the last one may be).
+        RowError: when it is none, or a message but the system's and the tools' is empty (`may_end_empty`: the last one
+            may be).
     """
     items = value if isinstance(value, list) else [value]
     if not items:
         raise RowError(column, "an empty list of messages")
+    keys = keys_of(value)
     messages = [message_of(f"{column}[{number}]", item, keys) for number, item in enumerate(items)]
     for number, message in enumerate(messages[:-1] if may_end_empty else messages):
-        # An empty system message is common and means "no system prompt".
-        if not message["content"].strip() and message["role"] != "system":
+        # An empty system message is common and means "no system prompt"; a tool may find nothing.
+        if is_silent(message) and message["role"] not in ("system", "tool"):
             raise RowError(f"{column}[{number}].{keys.content}", "an empty message")
     return messages
 
 
-def message_of(field: str, item: object, keys: MessageKeys = OPENAI) -> Message:
+def is_silent(message: Message) -> bool:
+    """The message has no text and calls no tool."""
+    return not message["content"].strip() and "tool_calls" not in message
+
+
+def message_of(field: str, item: object, keys: MessageKeys | None = None) -> Message:
     """Read one message.
 
     Raises:
-        RowError: when it is none, or says more than who speaks and what.
+        RowError: when it is none, or says more than a message of the contract holds.
     """
+    keys = keys or keys_of(item)
     if not isinstance(item, dict):
         raise RowError(field, f"a message must be an object with {keys.role} and {keys.content} (it is {kind(item)})")
     role = item.get(keys.role)
-    if isinstance(role, str) and role in _TOOL_ROLES:
-        raise RowError(f"{field}.{keys.role}", f"turns of tools and functions are not supported (it is {role})")
-    if not isinstance(role, str) or role not in keys.roles:
+    known = (keys.roles.get(role) or keys.other_roles.get(role)) if isinstance(role, str) else None
+    if known is None:
         raise RowError(f"{field}.{keys.role}", f"must be one of {', '.join(keys.roles)} (it is {shown(role)})")
-    extra = [key for key, value in item.items() if key not in (keys.role, keys.content) and value is not None]
-    if extra:
-        raise RowError(field, f"a message has keys besides {keys.role} and {keys.content} ({shown(extra[0])})")
-    return {"role": keys.roles[role], "content": text_of(item, keys.content, f"{field}.{keys.content}")}
+    content = item.get(keys.content)
+    if role == "function_call":
+        return {"role": known, "content": "", "tool_calls": calls_of(f"{field}.{keys.content}", content)}
+    more = {} if len(item) == 2 else other_fields(field, item, (keys.role, keys.content), known)
+    if content is None and "tool_calls" in more:
+        content = ""
+    elif keys.content not in item:
+        raise RowError(f"{field}.{keys.content}", "missing")
+    text = joined_parts(f"{field}.{keys.content}", content) if isinstance(content, list) else content
+    return {"role": known, "content": clean_text(f"{field}.{keys.content}", text), **more}  # type: ignore[typeddict-item]
 
 
-def answer_of(column: str, value: object, keys: MessageKeys = OPENAI) -> str:
+def answer_of(column: str, value: object) -> Message:
     """Read the one message of an answer column, which must be the assistant's.
 
     Raises:
         RowError: when it is not.
     """
-    message = message_of(column, value, keys)
+    message = message_of(column, value)
     if message["role"] != "assistant":
-        raise RowError(f"{column}.{keys.role}", f"the answer must be the assistant's (it is by {message['role']})")
-    return message["content"]
+        raise RowError(
+            f"{column}.{keys_of(value).role}", f"the answer must be the assistant's (it is by {message['role']})"
+        )
+    return message
+
+
+def check_texts_only(pair: PreferencePair) -> None:
+    """Refuse a pair that a format of texts has no place for.
+
+    Raises:
+        NoPlaceError: when a message has a thought.
+        RowError: when one calls a tool, is a tool's, or has a name.
+    """
+    answers = (("chosen", pair.chosen_message), ("rejected", pair.rejected_message))
+    for field, message in (*(("prompt", message) for message in pair.messages), *answers):
+        if "reasoning_content" in message:
+            raise NoPlaceError(field, "a thought", "thoughts")
+        if message["role"] == "tool" or len(message) > 2:
+            raise RowError(field, "the format has no place for calls of tools, and for names")
+
+
+def with_saved_messages(values: Values, columns: Collection[str]) -> Values:
+    """The row with messages that were saved as text in these columns as messages.
+
+    Raises:
+        RowError: when one begins as messages and cannot be read.
+    """
+    found = {
+        column: messages
+        for column in columns
+        if isinstance(text := values.get(column), str) and (messages := saved_messages(column, text)) is not None
+    }
+    return {**values, **found} if found else values
 
 
 def check_prompt(column: str, messages: Sequence[Message]) -> None:
     """Refuse messages that no answer can follow.
 
     Raises:
-        RowError: when the last is not the user's.
+        RowError: when the last is not the user's, nor what a tool gave back.
     """
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise RowError(column, "the message before the answers must be the user's")
 
 
+_MAY_FOLLOW = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+
+
 def check_turns(column: str, messages: Sequence[Message]) -> None:
-    """Refuse a prompt that is not: a system message or none, then user and assistant in turns, the user last.
+    """Refuse a prompt that is not: a system message or none, then user (or tools) and assistant in turns, the
+    assistant not last.
 
     Raises:
         RowError: with the number of the first message that is out of turn.
     """
     check_prompt(column, messages)
+    may_follow: tuple[str, ...] = ("user",)
     start = messages[0]["role"] == "system"
     for number, message in enumerate(messages[start:]):
-        if message["role"] != ("user", "assistant")[number % 2]:
+        if message["role"] not in may_follow:
             raise RowError(column, f"user and assistant do not take turns (message {number + start + 1})")
-
-
-def value_of(values: Values, column: str) -> Any:
-    """Return what a column holds.
-
-    Raises:
-        RowError: when it is missing or null.
-    """
-    if column not in values:
-        raise RowError(column, "missing")
-    if values[column] is None:
-        raise RowError(column, "null")
-    return values[column]
-
-
-def text_of(values: Values, column: str, field: str | None = None) -> str:
-    """Return the text of a column; `field` is how the column is called in the reason.
-
-    Raises:
-        RowError: when it is missing, or no text.
-    """
-    if column not in values:
-        raise RowError(field or column, "missing")
-    return clean_text(field or column, values[column])
-
-
-def optional_text_of(values: Values, column: str) -> str:
-    """Return the text of a column, empty when it is missing or null.
-
-    Raises:
-        RowError: when it holds something else than text.
-    """
-    return "" if values.get(column) is None else text_of(values, column)
-
-
-def clean_text(field: str, value: object) -> str:
-    """Return a value that is text.
-
-    Raises:
-        RowError: when it is not, or cannot be written in any encoding.
-    """
-    if not isinstance(value, str):
-        raise RowError(field, "null" if value is None else f"must be text (it is {kind(value)})")
-    # A JSON escape can hold half a surrogate pair, which no encoding of text can express.
-    if not value.isascii() and _HALF_CHARACTER.search(value):
-        raise RowError(field, "holds half of a surrogate pair, which is no character")
-    return value
-
-
-def all_text(values: Values, *columns: str) -> bool:
-    """Every one of these columns is there and holds text."""
-    return all(isinstance(values.get(column), str) for column in columns)
-
-
-def kind(value: object) -> str:
-    """What a JSON value is, in a word."""
-    names = {str: "text", dict: "object", list: "list", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def shown(value: object) -> str:
-    """A value, short enough for a sentence."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with more digits than Python prints
-        text = "a huge number"
-    return text if len(text) <= 40 else text[:37] + "..."
+        may_follow = _MAY_FOLLOW[message["role"]]

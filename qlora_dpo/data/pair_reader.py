@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from qlora_dpo.config.data import PairFileOptions
+from qlora_dpo.data.columns import CONTENT, UnreadColumns
 from qlora_dpo.data.files.readers import Rows, settled_format
 from qlora_dpo.data.files.sources import Source, open_source
-from qlora_dpo.data.formats import ColumnNames, check_format, detect_format, parse_row
+from qlora_dpo.data.formats import ColumnNames, check_format, columns_read, detect_format, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
 
 
@@ -31,14 +32,18 @@ class PairReader:
     """How often each repair made a row usable, in the latest reading."""
     further_pairs: int = 0
     """Pairs that rows held besides their first, in the latest reading."""
+    unread: UnreadColumns = field(default_factory=UnreadColumns)
+    """The columns that no reading took."""
 
     def __iter__(self) -> Iterator[PreferencePair | RefusedRow]:
         self.repaired.clear()
         self.further_pairs = 0
-        for row in self._with_format(islice(self.source.rows(), self.max_samples)):
+        rows = self.source.rows(columns_read(self.dataset_format, self.names) | CONTENT.keys())
+        for row in self._with_format(islice(rows, self.max_samples)):
             if isinstance(row, RefusedRow):
                 yield row
                 continue
+            self.unread.add(row.values, columns_read(self.dataset_format, self.names), self.names.ignore_columns)
             try:
                 parsed = parse_row(self.dataset_format, row.values, self.names, row.origin)
             except RowError as error:
@@ -66,5 +71,12 @@ def reader_of(pairs: PairFileOptions) -> PairReader:
     """
     if pairs.dataset_format != "auto":
         check_format(pairs.dataset_format)
-    names = ColumnNames(pairs.prompt_key, pairs.chosen_key, pairs.rejected_key)
+    names = ColumnNames(
+        pairs.prompt_key,
+        pairs.chosen_key,
+        pairs.rejected_key,
+        pairs.category_key,
+        pairs.confidence_key,
+        tuple(pairs.ignore_columns),
+    )
     return PairReader(open_source(pairs.file, split=pairs.split, revision=pairs.revision), pairs.dataset_format, names)

@@ -71,11 +71,24 @@ class ParsedPair:
 
 @dataclass(frozen=True, slots=True)
 class ColumnNames:
-    """Which columns hold the prompt and the two answers."""
+    """Which columns hold the prompt and the two answers, and what else is known of a pair."""
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    category: str = "category"
+    """Empty: no column holds it."""
+    confidence: str = "confidence"
+    """Empty: no column holds it."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are as good as absent."""
+
+
+class Unread:
+    """Stands for the value of a column that was left in its file because no format reads it."""
+
+
+UNREAD = Unread()
 
 
 @dataclass(frozen=True, slots=True)

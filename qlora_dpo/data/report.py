@@ -35,6 +35,8 @@ class DataReport:
     dropped_reference_logps: int = 0
     from_cache: bool = False
     refused_file: Path | None = None
+    unread_columns: tuple[str, ...] = ()
+    """Columns that the rows have and nobody reads."""
     unit: str = "pairs"
     further_pairs: int = 0
     """Pairs that rows held besides their first."""
@@ -84,6 +86,7 @@ class DataReport:
             lines.append(f"ranked: {self.further_pairs:,} more pairs than rows, of rows with more than two answers")
         lines += account_of(self.refused, self.refused_file)
         lines += [f"repaired: {count:,} x {kind}" for kind, count in self.repaired.items()]
+        lines += not_read(self.unread_columns)
         if self.truncated_prompts:
             lines.append(f"truncated: {self.truncated_prompts:,} prompts (the end was kept)")
         if self.truncated_completions:
@@ -115,6 +118,11 @@ def account_of(refused: Sequence[RefusedRow], listed_in: Path | None = None) -> 
             kinds = Counter(row.kind for row in rows)
             lines += [f"  {count:,} x {kind}" for kind, count in kinds.most_common()]
     return lines
+
+
+def not_read(columns: Sequence[str]) -> list[str]:
+    """The columns that nobody reads, as the one line that every summary has of them."""
+    return [f"not read: {', '.join(columns)}"] * bool(columns)
 
 
 def listed(rows: Sequence[RefusedRow]) -> str:

@@ -9,8 +9,9 @@ from typing import Literal
 from qlora_dpo.data.files.readers import Row
 from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import detect_format, parse_row
-from qlora_dpo.data.messages import check_prompt, clean_text, keys_of, messages_of, optional_text_of
+from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.preferences import ColumnNames, Message, PreferencePair, RefusedRow, RowError
+from qlora_dpo.data.values import clean_text, optional_text_of
 from qlora_dpo.errors import UsageError
 from qlora_dpo.labeling.refused import report_refused
 
@@ -73,7 +74,7 @@ def _prompt(row: Row, prompt_key: str) -> tuple[str | tuple[Message, ...], str |
         return pair.prompt, pair.category
     value = row.values[prompt_key]
     if isinstance(value, list | dict):
-        messages = messages_of(prompt_key, value, keys=keys_of(value))
+        messages = messages_of(prompt_key, value)
         check_prompt(prompt_key, messages)
         return tuple(messages), None
     text = clean_text(prompt_key, value)

@@ -76,6 +76,9 @@ def _of_pairs(options: DataOptions) -> dict[str, Any]:
         "prompt_key": options.prompt_key,
         "chosen_key": options.chosen_key,
         "rejected_key": options.rejected_key,
+        "category_key": options.category_key,
+        "confidence_key": options.confidence_key,
+        "ignore_columns": options.ignore_columns,
         "max_prompt_length": options.max_prompt_length,
     }
 
@@ -85,6 +88,8 @@ def _of_conversations(options: DataOptions) -> dict[str, Any]:
         "messages_key": options.messages_key,
         "prompt_key": options.prompt_key,
         "response_key": options.response_key,
+        "category_key": options.category_key,
+        "ignore_columns": options.ignore_columns,
     }
 
 

@@ -47,9 +47,15 @@ def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOption
         refused: list[RefusedRow] = []
         counts = count_texts(_usable(reader, refused))
         further, usable = reader.further_pairs, len(counts.lengths)
-        rows = usable + len(refused) - further
         report = DataReport(
-            reader.source.name, reader.dataset_format, rows, usable, tuple(refused), further_pairs=further
+            reader.source.name,
+            reader.dataset_format,
+            usable + len(refused) - further,
+            usable,
+            tuple(refused),
+            repaired=dict(reader.repaired),
+            unread_columns=reader.unread.names,
+            further_pairs=further,
         )
         report.check("skip")
     found = inspection(report, counts, dataset)
@@ -151,6 +157,9 @@ def _tokenized(pairs: PairFileOptions, tokens: TokenOptions, tokenizer: Any) -> 
         prompt_key=pairs.prompt_key,
         chosen_key=pairs.chosen_key,
         rejected_key=pairs.rejected_key,
+        category_key=pairs.category_key,
+        confidence_key=pairs.confidence_key,
+        ignore_columns=pairs.ignore_columns,
         max_length=tokens.max_length,
         max_prompt_length=tokens.max_prompt_length,
         bad_rows="skip",

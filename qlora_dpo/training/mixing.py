@@ -22,7 +22,7 @@ Loader = Callable[..., PairDataset | ConversationDataset]
 _AT_SOURCE = "write it there, at the source that it is of"
 # Options of a single data set that a mixture has for each of its sources; with --eval_dataset they are of that.
 _OF_ONE = {"dataset_format", "dataset_split"} | {
-    option.name for option in fields(DataOptions) if option.name.endswith("_key")
+    option.name for option in fields(DataOptions) if option.name.endswith(("_key", "_columns"))
 }
 # Options that a mixture cannot go with, and what to do instead.
 _MEANINGLESS = {

@@ -13,6 +13,7 @@ from qlora_dpo.errors import UsageError
 
 USER = {"role": "user", "content": "q"}
 NAMES = ColumnNames()
+ANOTHER = "; --confidence_key names another column, or '' for none"
 
 
 def dialogue(*turns: str) -> str:
@@ -101,16 +102,16 @@ def test_plaintext_is_taken_exactly_and_from_the_named_columns() -> None:
     ("change", "reason"),
     [
         ({"prompt": "\n"}, "prompt: the prompt is empty"),
-        ({"prompt": float("nan")}, "prompt: must be text (it is number)"),
+        ({"prompt": float("nan")}, "prompt: must be text (it is NaN)"),
         ({"chosen": " \n"}, "chosen: the answer is empty"),
         ({"rejected": "a"}, "rejected: the same answer as chosen"),
-        ({"category": 3}, "category: must be text (it is number)"),
-        ({"confidence": "0.5"}, "confidence: must be a number (it is text)"),
-        ({"confidence": True}, "confidence: must be a number (it is boolean)"),
-        ({"confidence": 0}, "confidence: must be above 0 and at most 1 (it is 0)"),
-        ({"confidence": 1.5}, "confidence: must be above 0 and at most 1 (it is 1.5)"),
-        ({"confidence": float("nan")}, "confidence: must be above 0 and at most 1 (it is nan)"),
-        ({"confidence": 10**5000}, "confidence: must be above 0 and at most 1 (it is a huge number)"),
+        ({"category": 3}, "category: must be text (it is number; --category_key names another column, or '' for none)"),
+        ({"confidence": "high"}, f"confidence: must be a number (it is text{ANOTHER})"),
+        ({"confidence": True}, f"confidence: must be a number (it is boolean{ANOTHER})"),
+        ({"confidence": 0}, f"confidence: must be above 0 and at most 1 (it is 0{ANOTHER})"),
+        ({"confidence": 1.5}, f"confidence: must be above 0 and at most 1 (it is 1.5{ANOTHER})"),
+        ({"confidence": float("nan")}, f"confidence: must be above 0 and at most 1 (it is nan{ANOTHER})"),
+        ({"confidence": 10**5000}, f"confidence: must be above 0 and at most 1 (it is a huge number{ANOTHER})"),
     ],
 )
 def test_plaintext_refuses_with_the_reason(change: dict[str, Any], reason: str) -> None:
@@ -148,11 +149,11 @@ def test_messages_without_prompt_takes_the_common_messages() -> None:
     [
         ({"chosen": [USER]}, "chosen: the last message must be the assistant's (it is by user)"),
         ({"chosen": []}, "chosen: an empty list of messages"),
-        ({"chosen": [message(["part"])]}, "chosen[0].content: must be text (it is list)"),
+        ({"chosen": [message([3])]}, "chosen[0].content[0]: must be text (it is number)"),
         ({"chosen": [message(None)]}, "chosen[0].content: null"),
         ({"chosen": [message("")]}, "chosen: the answer is empty"),
         ({"chosen": ["text"]}, "chosen[0]: a message must be an object with role and content (it is text)"),
-        ({"chosen": [{"from": "x"}]}, "chosen[0].role: must be one of system, user, assistant (it is None)"),
+        ({"chosen": [{"k": "x"}]}, "chosen[0].role: must be one of system, user, assistant, tool (it is None)"),
         ({"chosen": [{"role": "assistant"}]}, "chosen[0].content: missing"),
         ({"chosen": [{**message("x"), "k": 1}]}, "chosen[0]: a message has keys besides role and content ('k')"),
         ({"prompt": [message("a")]}, "prompt: the message before the answers must be the user's"),
@@ -160,7 +161,7 @@ def test_messages_without_prompt_takes_the_common_messages() -> None:
         ({"prompt": None}, "prompt: null"),
         (
             {"chosen": [message("z", "user"), message("x")]},
-            "chosen: the messages before its answer are not those of prompt",
+            "chosen: the messages before its answer are not those of prompt (--ignore_columns prompt leaves it out)",
         ),
         ({"rejected": [message("x")]}, "rejected: the same answer as chosen"),
     ],

@@ -103,19 +103,22 @@ def test_sharegpt_reads_both_spellings_and_the_system_prompt(change: dict[str, A
         ({"conversations": [TURNS[0], *TURNS[2:]]}, "conversations: user and assistant do not take turns (message 2)"),
         (
             {"conversations": [TURNS[0], said("c", "function_call"), said("o", "observation")]},
-            "conversations[1].from: turns of tools and functions are not supported (it is function_call)",
+            "conversations[1].value: must be a list of objects, or the JSON text of it",
         ),
         ({"conversations": [said("q", "bot")]},
          "conversations[0].from: must be one of system, human, gpt, user, assistant (it is 'bot')"),
         ({"conversations": [said(" ", "human")]}, "conversations[0].value: an empty message"),
         ({"chosen": said("x", "human")}, "chosen.from: the answer must be the assistant's (it is by user)"),
         ({"chosen": "x"}, "chosen: a message must be an object with role and content (it is text)"),
-        ({"tools": "[{}]"}, "tools: answers that need tools are not supported"),
-        ({"images": ["a.png"]}, "images: answers that need images are not supported"),
+        ({"tools": "[3]"}, "tools[0]: must be an object, or the JSON text of it"),
+        (
+            {"images": ["a.png"]},
+            "images: answers that need images are not supported (--ignore_columns images leaves it out)",
+        ),
         ({"system": 3}, "system: must be text (it is number)"),
         (
             {"conversations": [said("s", "system"), *TURNS], "system": "t"},
-            "system: another system prompt than that of the first turn",
+            "system: another system prompt than that of the first turn (--ignore_columns system leaves it out)",
         ),
     ],
 )  # fmt: skip
@@ -149,7 +152,7 @@ def test_alpaca_joins_instruction_input_history_and_system(change: dict[str, Any
         ({"history": [["a"]]}, "history[0]: must be a pair of texts, what the user and the assistant said"),
         ({"history": [["a", "b"], ["a", 1]]}, "history[1]: must be text (it is number)"),
         ({"history": [["a", ""]]}, "history[0]: an empty message"),
-        ({"tools": [{}]}, "tools: answers that need tools are not supported"),
+        ({"tools": 3}, "tools: must be a list of objects, or the JSON text of it"),
         ({"chosen": ["x"]}, "chosen: must be text (it is list)"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from qlora_dpo.data.files import readers
 from qlora_dpo.data.files.readers import Row
 from qlora_dpo.data.files.sources import open_source, read_rows
-from qlora_dpo.data.preferences import RefusedRow
+from qlora_dpo.data.formats import parse_row
+from qlora_dpo.data.preferences import ColumnNames, RefusedRow
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 ROWS = [{"prompt": f"q{i} 你好\u2028", "chosen": "a", "rejected": 'b "quoted",\nwith a line'} for i in range(3)]
@@ -93,7 +95,7 @@ def test_an_object_per_line_may_be_called_json(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_is_one_refused_row(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": NaN}\n{"a": 1\n[1]\n{"a": 1, "a": 2}\n')
+    path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": nan}\n{"a": 1\n[1]\n{"a": 1, "a": 2}\n')
     rows = list(read_rows(path))
     refused = [row for row in rows if isinstance(row, RefusedRow)]
     assert [row.origin for row in refused] == [f"{path}:{n}" for n in (2, 3, 4)]
@@ -183,13 +185,18 @@ def test_csv_faults(tmp_path: Path) -> None:
         list(read_rows(write(tmp_path / "c.csv", "a,a\n1,2\n")))
 
 
+def test_nan_and_infinity_in_json_lines_are_values(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"a": "NaN", "b": NaN}\n{"a": -Infinity, "b": 1}\n{"a": NaN, "b": }\n')
+    first, second, third = read_rows(path)
+    assert isinstance(first, Row) and first.values["a"] == "NaN" and math.isnan(first.values["b"])
+    assert isinstance(second, Row) and second.values == {"a": -math.inf, "b": 1}
+    assert isinstance(third, RefusedRow)
+
+
 def test_csv_optional_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "category,confidence\n,\nmath,0.5\nmath,high\n")
-    assert [tuple(row.values()) for row in map(dict, values(path))] == [
-        (None, None),
-        ("math", 0.5),
-        ("math", "high"),
-    ]
+    path = write(tmp_path / "a.csv", "prompt,chosen,rejected,category,confidence\nq,a,b,,\nq,a,b,math,0.5\n")
+    pairs = [parse_row("plaintext", row, ColumnNames(), "").pair for row in values(path)]
+    assert [(pair.category, pair.confidence) for pair in pairs] == [(None, 1.0), ("math", 0.5)]
 
 
 def test_a_long_line_is_no_problem(tmp_path: Path) -> None:

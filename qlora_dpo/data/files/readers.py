@@ -14,15 +14,15 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
 
-from qlora_dpo.data.preferences import RefusedRow
+from qlora_dpo.data.preferences import UNREAD, RefusedRow
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 _CHUNK = 1 << 20  # bytes
@@ -41,6 +41,8 @@ class Row:
 
 
 Rows = Iterator[Row | RefusedRow]
+Wanted = Collection[str] | None
+"""The columns that somebody reads; None for all."""
 
 
 def file_kind(path: Path) -> str | None:
@@ -72,8 +74,8 @@ def settled_format(rows: Rows, detect: Callable[[dict[str, Any]], str | None]) -
     return None, chain(head, rows)
 
 
-def read_file(path: Path) -> Rows:
-    """Yield the rows of one file.
+def read_file(path: Path, wanted: Wanted = None) -> Rows:
+    """Yield the rows of one file; of a file of columns only those that are wanted, `UNREAD` in place of the others.
 
     Raises:
         DataError: when the file is not what its name says.
@@ -82,7 +84,7 @@ def read_file(path: Path) -> Rows:
     kind = file_kind(path)
     assert kind is not None, path
     try:
-        yield from READERS[kind](path)
+        yield from _read_parquet(path, wanted) if kind == ".parquet" else READERS[kind](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}); copy or download it again.") from error
     except OSError as error:
@@ -121,10 +123,19 @@ def _read_json_lines(path: Path) -> Rows:
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            _check_utf8(path, number, offset, line)
-            yield RefusedRow(origin, "json", f"broken JSON ({error.msg}, column {error.colno})")
-            continue
+            value = _with_nan(_check_utf8(path, number, offset, line))
+            if value is None:
+                yield RefusedRow(origin, "json", f"broken JSON ({error.msg}, column {error.colno})")
+                continue
         yield _as_row(origin, value)
+
+
+def _with_nan(line: str) -> object | None:
+    """What a line says that has NaN or Infinity in it, as Python writes them though they are no JSON; else None."""
+    try:
+        return json.loads(line) if "NaN" in line or "Infinity" in line else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _check_utf8(path: Path, number: int, offset: int, line: bytes) -> str:
@@ -247,42 +258,45 @@ def _csv_row(origin: str, header: list[str], cells: list[str]) -> Row | RefusedR
     if len(cells) != len(header):
         detail = f"{len(cells)}, header {len(header)}"
         return RefusedRow(origin, "csv", f"not as many cells as the header ({detail})")
-    values: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for column, convert in _CSV_OPTIONAL.items():
-        if column in values:
-            values[column] = convert(values[column])
-    return Row(origin, values)
+    return Row(origin, dict(zip(header, cells, strict=True)))
 
 
-def _number_or_text(cell: str) -> float | str | None:
-    try:
-        return float(cell) if cell else None
-    except ValueError:
-        return cell
-
-
-# CSV knows only text: an empty cell of an optional column means "absent", and a confidence is a number.
-_CSV_OPTIONAL: dict[str, Callable[[str], Any]] = {
-    "category": lambda cell: cell or None,
-    "confidence": _number_or_text,
-}
-
-
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path, wanted: Wanted = None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        numbers = count(1)
         with pq.ParquetFile(path, memory_map=True) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for values in batch.to_pylist():
-                    yield Row(f"{path}:{next(numbers)}", values)
+            names = file.schema_arrow.names
+            columns = [name for name in names if wanted is None or name in wanted]
+            yield from arrow_rows(str(path), names, file.iter_batches(_PARQUET_ROWS, columns=columns), wanted)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow calls broken content an OSError too
             raise
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file: {reason}; write it again.") from error
+
+
+def arrow_rows(name: str, columns: Sequence[str], batches: Iterable[Any], wanted: Wanted) -> Rows:
+    """Yield the rows of Arrow batches or tables; `columns` are those that the source has."""
+    unread = {column: UNREAD for column in columns if wanted is not None and column not in wanted}
+    read = [column for column in columns if column not in unread]
+    numbers = count(1)
+    for batch in batches:
+        found = batch.select(read)
+        for values in found.to_pylist() if read else repeat({}, batch.num_rows):
+            yield Row(f"{name}:{next(numbers)}", {**_without_nulls(values), **unread})
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """The row without the keys that Arrow gives every object because one of them has it; columns stay."""
+    return {column: _filled(value) if isinstance(value, (list, dict)) else value for column, value in values.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

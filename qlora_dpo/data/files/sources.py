@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.files.hubs import MODELSCOPE, first_line, load_from_hub, modelscope_folder
-from qlora_dpo.data.files.readers import READERS, Row, Rows, file_kind, read_file, unreadable
+from qlora_dpo.data.files.readers import READERS, Rows, Wanted, arrow_rows, file_kind, read_file, unreadable
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 # Files that describe a data set and hold no rows of it.
@@ -38,7 +37,8 @@ class Source:
     """Rows that can be read more than once, and a hash that changes when they do."""
 
     name: str
-    rows: Callable[[], Rows]
+    rows: Callable[[Wanted], Rows]
+    """Reads them; a file of columns leaves `UNREAD` where a column is not wanted."""
     fingerprint: Callable[[], str]
 
 
@@ -50,7 +50,7 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
         StorageError: when the source is not there or cannot be reached.
         UsageError: when it has no such split.
     """
-    yield from open_source(source, split=split, revision=revision).rows()
+    yield from open_source(source, split=split, revision=revision).rows(None)
 
 
 def open_source(source: str, *, split: str | None = None, revision: str | None = None) -> Source:
@@ -114,11 +114,11 @@ def _choose_split(name: str, splits: Iterable[str], wanted: str | None) -> str:
 
 
 def _files(name: str, paths: list[Path]) -> Source:
-    def rows() -> Rows:
+    def rows(wanted: Wanted) -> Rows:
         for path in paths:
-            yield from read_file(path)
+            yield from read_file(path, wanted)
 
-    return Source(name, lambda: _refuse_none(name, rows()), lambda: _hash_files(paths))
+    return Source(name, lambda wanted: _refuse_none(name, rows(wanted)), lambda: _hash_files(paths))
 
 
 def _refuse_none(name: str, rows: Rows) -> Rows:
@@ -159,14 +159,13 @@ def _saved_source(folder: Path, split: str | None) -> Source:
     else:
         _choose_split(name, ["train"], split)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return Source(name, lambda: _refuse_none(name, _dataset_rows(name, loaded)), lambda: _hash_files(files))
+    return Source(name, lambda wanted: _dataset_rows(name, loaded, wanted), lambda: _hash_files(files))
 
 
-def _dataset_rows(name: str, dataset: Any) -> Iterator[Row]:
-    numbers = count(1)
-    for batch in dataset.iter(batch_size=_ROWS_AT_ONCE):
-        for values in zip(*batch.values(), strict=True):
-            yield Row(f"{name}:{next(numbers)}", dict(zip(batch, values, strict=True)))
+def _dataset_rows(name: str, dataset: Any, wanted: Wanted) -> Rows:
+    # As Arrow: the library would otherwise decode pictures and sounds.
+    tables = dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
+    return _refuse_none(name, arrow_rows(name, dataset.column_names, tables, wanted))
 
 
 def _hub_source(source: str, split: str | None, revision: str | None) -> Source:
@@ -178,7 +177,7 @@ def _hub_source(source: str, split: str | None, revision: str | None) -> Source:
         )
     loaded = load_from_hub(source, split or "train", revision)
     fingerprint = f"{source}@{loaded._fingerprint}"
-    return Source(source, lambda: _refuse_none(source, _dataset_rows(source, loaded)), lambda: fingerprint)
+    return Source(source, lambda wanted: _dataset_rows(source, loaded, wanted), lambda: fingerprint)
 
 
 def _shown(source: str) -> str:

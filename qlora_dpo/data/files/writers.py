@@ -83,7 +83,9 @@ def _parquet(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.Table.from_pylist([dict(example)]).schema
+    # What may have any form, of which a file of columns has one only, is text there.
+    free = [column for column, value in example.items() if value in ([], {})]
+    schema = pa.Table.from_pylist([dict(example) | dict.fromkeys(free, "")]).schema
     rows: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -91,13 +93,32 @@ def _parquet(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
         rows.clear()
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(row)
+        for column, value in row.items():
+            _refuse_unknown_keys(column, value, example[column])
+        rows.append(row | {column: orjson.dumps(row[column]).decode() for column in free if column in row})
         if len(rows) == _PARQUET_ROWS:
             flush()
 
     with pq.ParquetWriter(file, schema) as parquet:
         yield add
         flush()
+
+
+def _refuse_unknown_keys(column: str, value: object, example: object) -> None:
+    """Refuse what Arrow would leave out without a word: keys of an object that it does not know.
+
+    Raises:
+        NoPlaceError: naming the key.
+    """
+    if isinstance(value, list) and isinstance(example, list) and example:
+        for item in value:
+            _refuse_unknown_keys(column, item, example[0])
+    elif isinstance(value, dict) and isinstance(example, dict) and example:
+        for key, item in value.items():
+            if key not in example:
+                part = f"{key} of a message in a Parquet file, but in one of JSON,"
+                raise NoPlaceError(column, part, "thoughts" if key == "reasoning_content" else key)
+            _refuse_unknown_keys(column, item, example[key])
 
 
 def _zipped(writer: Writer) -> Writer:

@@ -95,6 +95,7 @@ class _Found:
             pairs=len(categories),
             refused=tuple(refused),
             further_pairs=self._reader.further_pairs,
+            unread_columns=self._reader.unread.names,
         )
         report.check(bad_rows)
         print("\n".join(report.summary()), file=sys.stderr)

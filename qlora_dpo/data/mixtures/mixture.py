@@ -32,7 +32,11 @@ UNCOUNTED = 0
 """OpenDPO's category for what is in no statistics."""
 
 COLUMN_OPTIONS = tuple(
-    dict.fromkeys(f"{column.name}_key" for names in (ColumnNames, ConversationColumns) for column in fields(names))
+    dict.fromkeys(
+        column.name if column.name == "ignore_columns" else f"{column.name}_key"
+        for names in (ColumnNames, ConversationColumns)
+        for column in fields(names)
+    )
 )
 """Options that name the columns of a single data set, which each source may have."""
 
@@ -68,8 +72,8 @@ class MixtureSource:
     format: str = "auto"
     split: str | None = None
     revision: str | None = None
-    keys: Mapping[str, str] = field(default_factory=dict)
-    """Names of the columns, by the option that gives them to a single data set."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """Names of columns, by the option that gives them to a single data set."""
     lists_all: bool = False
     """Whether `ratio` is meant to have every category."""
 
@@ -217,6 +221,10 @@ def _text(where: str, value: object) -> str:
     return str(value)
 
 
+def _names(where: str, value: object) -> tuple[str, ...]:
+    return tuple(_text(where, item) for item in (value if isinstance(value, list) else [value]))
+
+
 def _count(where: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DataError(f"{where}: must be a whole number from 0; it is {_shown(value)}.")
@@ -276,6 +284,7 @@ _SOURCE: dict[str, Callable[[str, object], Any]] = {
     "split": _text,
     "revision": _text,
     **dict.fromkeys(COLUMN_OPTIONS, _text),
+    "ignore_columns": _names,
 }
 _MIXTURE: dict[str, Callable[[str, object], Any]] = {"sources": _as_is}
 _OPENDPO: dict[str, Callable[[str, object], Any]] = {"data_name": _text, "data_path": _text, "ratio": _ratio}

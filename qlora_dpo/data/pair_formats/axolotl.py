@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_dpo.data.messages import Values, check_prompt, keys_of, messages_of, value_of
+from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.pair_formats.layout import answer_message, message_pair
-from qlora_dpo.data.pair_formats.sharegpt import refuse_unsupported, with_system
 from qlora_dpo.data.preferences import ColumnNames, ParsedPair
+from qlora_dpo.data.values import Values, value_of
 
 COLUMNS = "messages (which end with the user's), chosen, rejected (a message each), system"
 EXAMPLE: dict[str, Any] = {
@@ -23,15 +23,18 @@ def matches(values: Values, names: ColumnNames) -> bool:
     return answers and names.prompt not in values and isinstance(values.get("messages"), list)
 
 
+def reads(names: ColumnNames) -> tuple[str, ...]:
+    """The columns of this form; `system` belongs to every form."""
+    return "messages", names.chosen, names.rejected
+
+
 def _is_one_message(value: object) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and len(value) == 1)
 
 
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
     """Read a row. Raises: RowError."""
-    refuse_unsupported(values)
-    turns = value_of(values, "messages")
-    messages = messages_of("messages", turns, keys=keys_of(turns))
+    messages = messages_of("messages", value_of(values, "messages"))
     check_prompt("messages", messages)
     chosen, rejected = (answer_message(column, value_of(values, column)) for column in (names.chosen, names.rejected))
-    return ParsedPair(message_pair(with_system(values, messages), chosen, rejected))
+    return ParsedPair(message_pair(messages, chosen, rejected))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qlora_dpo.data.messages import Values, all_text, check_turns, text_of
+from qlora_dpo.data.messages import check_texts_only, check_turns
 from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, all_text, text_of
 
 COLUMNS = "chosen, rejected (dialogues '\\n\\nHuman: ... \\n\\nAssistant: ...')"
 EXAMPLE: dict[str, Any] = {
@@ -34,6 +35,11 @@ def holds_dialogues(values: Values, names: ColumnNames) -> bool:
     )
 
 
+def reads(names: ColumnNames) -> tuple[str, ...]:
+    """The columns of this form."""
+    return names.chosen, names.rejected
+
+
 def matches(values: Values, names: ColumnNames) -> bool:
     """Tell by its columns whether a row has this form."""
     # A prompt beside whole dialogues could mean either; the user has to say.
@@ -51,6 +57,7 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
 
 def write(pair: PreferencePair) -> dict[str, Any]:
     """Make a row. Raises: RowError when the prompt is no dialogue, or a text would be read back as another."""
+    check_texts_only(pair)
     messages = pair.messages
     if messages[0]["role"] == "system":
         raise NoPlaceError("prompt", "a system prompt", "system")

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dpo.data.messages import Values, keys_of, kind, messages_of, text_of
+from qlora_dpo.data.messages import messages_of
 from qlora_dpo.data.pair_formats.hh_rlhf import split_dialogue
 from qlora_dpo.data.preferences import ColumnNames, Message, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, kind, text_of
 
 Prompt = str | tuple[Message, ...]
 
@@ -21,8 +22,14 @@ class Layout:
     EXAMPLE: dict[str, Any]
     needs: tuple[str, ...]
     read: Callable[[Values], ParsedPair]
+    also: tuple[str, ...] = ()
+    """Further columns that it reads."""
     is_variant: bool = False
     """Another reading of the columns of some form: it is named with --dataset_format, and never found."""
+
+    def reads(self, _names: ColumnNames) -> tuple[str, ...]:
+        """The columns of this form."""
+        return *self.needs, *self.also
 
     def matches(self, values: Values, names: ColumnNames) -> bool:
         """Tell by its columns whether a row has this form."""
@@ -85,7 +92,7 @@ def dialogue_of(column: str, value: object) -> list[Message]:
     Raises:
         RowError: when they do not.
     """
-    messages = messages_of(column, value, keys=keys_of(value), may_end_empty=True)
+    messages = messages_of(column, value, may_end_empty=True)
     if messages[-1]["role"] != "assistant":
         raise RowError(column, f"the last message must be the assistant's (it is by {messages[-1]['role']})")
     return messages

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from qlora_dpo.data.messages import Values, answer_of, check_prompt, clean_text, kind, messages_of, shown, value_of
+from qlora_dpo.data.messages import answer_of, check_prompt, messages_of
+from qlora_dpo.data.pair_formats.layout import message_pair
 from qlora_dpo.data.preferences import ColumnNames, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, clean_text, kind, shown, value_of
 
 LOGPS = ("reference_chosen_log_prob", "reference_rejected_log_prob")
 COLUMNS = (
@@ -23,6 +26,11 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
+def reads(names: ColumnNames) -> tuple[str, ...]:
+    """The columns of this form."""
+    return "context", names.chosen, names.rejected, *LOGPS, "meta"
+
+
 def matches(values: Values, names: ColumnNames) -> bool:
     """Tell by its columns whether a row has this form."""
     answers = all(isinstance(values.get(column), dict) for column in (names.chosen, names.rejected))
@@ -34,11 +42,8 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
     context = messages_of("context", value_of(values, "context"))
     check_prompt("context", context)
     chosen, rejected = (answer_of(column, value_of(values, column)) for column in (names.chosen, names.rejected))
-    return ParsedPair(
-        PreferencePair(
-            tuple(context), chosen, rejected, category=_category(values), reference_logps=_reference_logps(values)
-        )
-    )
+    pair = message_pair(context, chosen, rejected)
+    return ParsedPair(replace(pair, category=_category(values), reference_logps=_reference_logps(values)))
 
 
 def _category(values: Values) -> str | None:
@@ -83,8 +88,8 @@ def write(pair: PreferencePair) -> dict[str, Any]:
     """Make a row."""
     row: dict[str, Any] = {
         "context": list(pair.messages),
-        "chosen": {"role": "assistant", "content": pair.chosen},
-        "rejected": {"role": "assistant", "content": pair.rejected},
+        "chosen": dict(pair.chosen_message),
+        "rejected": dict(pair.rejected_message),
     }
     if pair.reference_logps is not None:
         row |= dict(zip(LOGPS, pair.reference_logps, strict=True))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_dpo.data.messages import Values, all_text, text_of
 from qlora_dpo.data.pair_formats.hh_rlhf import holds_dialogues
-from qlora_dpo.data.pair_formats.sharegpt import refuse_unsupported, with_system
-from qlora_dpo.data.preferences import ColumnNames, Message, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.preferences import ColumnNames, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, all_text, optional_text_of, text_of
 
 COLUMNS = "question or input, chosen, rejected (text), system"
 EXAMPLE: dict[str, Any] = {
@@ -26,15 +25,19 @@ def matches(values: Values, names: ColumnNames) -> bool:
     return texts and not is_elsewhere and not holds_dialogues(values, names)
 
 
+def reads(names: ColumnNames) -> tuple[str, ...]:
+    """The columns of this form; `system` belongs to every form."""
+    return "question", "input", names.chosen, names.rejected
+
+
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
     """Read a row. Raises: RowError."""
-    refuse_unsupported(values)
     column = _question_column(values)
-    question = text_of(values, column)
+    parts = (text_of(values, column), optional_text_of(values, "input") if column == "question" else "")
+    question = "\n".join(part for part in parts if part)
     if not question.strip():
         raise RowError(column, "the prompt is empty")
-    prompt = with_system(values, [Message(role="user", content=question)])
-    return ParsedPair(PreferencePair(tuple(prompt), text_of(values, names.chosen), text_of(values, names.rejected)))
+    return ParsedPair(PreferencePair(question, text_of(values, names.chosen), text_of(values, names.rejected)))
 
 
 def _question_column(values: Values) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from qlora_dpo.data.messages import Values, check_prompt, kind, messages_of, text_of, value_of
-from qlora_dpo.data.pair_formats.alpaca import history_of
-from qlora_dpo.data.pair_formats.layout import Layout, answer_message, dialogue_of, message_pair
-from qlora_dpo.data.pair_formats.sharegpt import refuse_unsupported, with_system
-from qlora_dpo.data.preferences import Message, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.columns import Content, add_content
+from qlora_dpo.data.messages import check_prompt, messages_of
+from qlora_dpo.data.pair_formats.layout import Layout, answer_message, dialogue_of, message_pair, text_prompt
+from qlora_dpo.data.preferences import ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, kind, text_of, value_of
 
 _QUESTION: list[dict[str, str]] = [{"role": "user", "content": "What is 2 + 3?"}]
 
@@ -23,32 +21,28 @@ def _read_openai(values: Values) -> ParsedPair:
         raise RowError("input", f"must be an object with messages (it is {kind(given)})")
     prompt = messages_of("input.messages", given.get("messages"))
     check_prompt("input.messages", prompt)
-    refuse_unsupported(given)
-    answers = [
+    chosen, rejected = (
         answer_message(column, value_of(values, column)) for column in ("preferred_output", "non_preferred_output")
-    ]
-    return ParsedPair(message_pair(prompt, *answers))
+    )
+    content = add_content(given, ("messages",), prompt) or Content(prompt)
+    return ParsedPair(message_pair(content.messages, chosen, rejected, tools=content.tools))
 
 
 def _read_swift(values: Values) -> ParsedPair:
-    refuse_unsupported(values)
     *prompt, chosen = dialogue_of("messages", value_of(values, "messages"))
     check_prompt("messages", prompt)
     rejected = answer_message("rejected_response", value_of(values, "rejected_response"))
-    return ParsedPair(message_pair(with_system(values, prompt), chosen, rejected))
+    return ParsedPair(message_pair(prompt, chosen, rejected))
 
 
 def _read_swift_query(values: Values) -> ParsedPair:
-    refuse_unsupported(values)
-    prompt: Sequence[Message] = [*history_of(values), {"role": "user", "content": text_of(values, "query")}]
-    texts = text_of(values, "response"), text_of(values, "rejected_response")
-    return ParsedPair(PreferencePair(tuple(with_system(values, list(prompt))), *texts))
+    answers = text_of(values, "response"), text_of(values, "rejected_response")
+    return ParsedPair(PreferencePair(text_prompt(values, "query"), *answers))
 
 
 def _read_argilla(values: Values) -> ParsedPair:
-    messages: list[Message] = [{"role": "user", "content": text_of(values, "instruction")}]
-    texts = text_of(values, "chosen_response"), text_of(values, "rejected_response")
-    return ParsedPair(PreferencePair(tuple(with_system(values, messages)), *texts))
+    answers = text_of(values, "chosen_response"), text_of(values, "rejected_response")
+    return ParsedPair(PreferencePair(text_prompt(values, "instruction"), *answers))
 
 
 OPENAI = Layout(

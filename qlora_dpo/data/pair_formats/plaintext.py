@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_dpo.data.messages import Values, all_text, text_of
+from qlora_dpo.data.messages import check_texts_only
 from qlora_dpo.data.pair_formats.hh_rlhf import holds_dialogues
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, all_text, text_of
 
 COLUMNS = "prompt, chosen, rejected (text)"
 EXAMPLE: dict[str, Any] = {"prompt": "What is 2 + 3?", "chosen": "5", "rejected": "6"}
+
+
+def reads(names: ColumnNames) -> tuple[str, ...]:
+    """The columns of this form."""
+    return names.prompt, names.chosen, names.rejected
 
 
 def matches(values: Values, names: ColumnNames) -> bool:
@@ -28,6 +34,7 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
 
 def write(pair: PreferencePair) -> dict[str, Any]:
     """Make a row. Raises: RowError when the prompt is more than one user message."""
+    check_texts_only(pair)
     return {"prompt": single_text(pair), "chosen": pair.chosen, "rejected": pair.rejected}
 
 

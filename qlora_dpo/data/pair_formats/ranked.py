@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qlora_dpo.data.messages import Values, clean_text, kind, value_of
 from qlora_dpo.data.pair_formats.layout import Layout, Prompt, number_of, text_prompt
 from qlora_dpo.data.preferences import NoPreferenceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, clean_text, kind, value_of
 
 LEFT_OUT_ANSWERS = "answers that are empty, or the same as the best one, not compared"
 
@@ -132,9 +132,11 @@ ULTRAFEEDBACK = Layout(
     ("instruction", "completions"),
     _reader("completions", _prompt_in("instruction"), _completions, each=False),
 )
+_QUESTIONS = ("prompt", "instruction", "input")
 GENERATIONS = Layout(
     "prompt or instruction, generations (texts), ratings (as many numbers)",
     {"prompt": "What is 2 + 3?", "generations": ["5", "6"], "ratings": [9.0, 2.5]},
     ("generations", "ratings"),
-    _reader("ratings", _prompt_in("prompt", "instruction", "input"), _generations, each=False),
+    _reader("ratings", _prompt_in(*_QUESTIONS), _generations, each=False),
+    also=_QUESTIONS,
 )

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from qlora_dpo.data.messages import Values, check_prompt, clean_text, kind, messages_of, shown, text_of, value_of
+from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.pair_formats.layout import Layout, Prompt, dialogue_of, message_pair, number_of, text_prompt
 from qlora_dpo.data.preferences import Message, NoPreferenceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.values import Values, clean_text, kind, shown, text_of, value_of
 
 TIE = "a tie"
 NO_COMMON_PROMPT = "earlier answers that differ from those of conversation_a, so the last ones have no common prompt"
@@ -154,7 +155,7 @@ def _pku(label: str, *, is_variant: bool) -> Layout:
         {**_ASKED, "response_0": "6", "response_1": "5", "better_response_id": 1, "safer_response_id": 1},
         ("prompt", "response_0", "response_1", label),
         _reader(label, _by_number(label, first=0), _prompt("prompt"), _texts("response_0", "response_1")),
-        is_variant,
+        is_variant=is_variant,
     )
 
 
@@ -212,4 +213,5 @@ ARENA = Layout(
     {"conversation_a": _CONVERSATIONS[0], "conversation_b": _CONVERSATIONS[1], "winner": "model_a"},
     ("conversation_a", "conversation_b", "winner"),
     _read_arena,
+    also=("turn",),
 )

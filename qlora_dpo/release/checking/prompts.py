@@ -13,8 +13,9 @@ from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import detect_format, parse_row
 from qlora_dpo.data.linting.lint import kept_texts, tokenized_source
-from qlora_dpo.data.messages import check_prompt, clean_text, keys_of, messages_of
+from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.preferences import ColumnNames, Message, NoPreferenceError, RefusedRow, RowError
+from qlora_dpo.data.values import clean_text
 from qlora_dpo.errors import DataError, StorageError, UsageError
 from qlora_dpo.release.artefact import Artefact
 from qlora_dpo.training.data import load_training_data
@@ -124,7 +125,7 @@ def _read(source: str) -> Iterator[Prompt]:
         value = row.values.get(names.prompt)
         try:
             if isinstance(value, list | dict):
-                messages = messages_of(names.prompt, value, keys=keys_of(value))
+                messages = messages_of(names.prompt, value)
                 check_prompt(names.prompt, messages)
                 yield messages
             elif value is not None:

@@ -1,0 +1,76 @@
+"""Lists and objects that were saved as text: as JSON, or as Python and numpy print them (pandas' `to_csv`)."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from typing import Any
+
+import orjson
+
+from qlora_dpo.data.preferences import RowError
+
+NO_MESSAGES = "begins as messages that were saved as text, but neither JSON nor Python reads it"
+
+_LONGEST = 1 << 20
+"""Characters of a text that Python's parser gets; it takes hundreds of bytes for each."""
+_MAY_BE_MESSAGES = re.compile(r"\s*(?:array\()?\s*\[?\s*\{")
+_SURELY_MESSAGES = re.compile(r"""\s*(?:array\()?\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+_SPEAKER = re.compile(r"""["'](?:role|from)["']\s*:\s*["']""")
+_ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=\w+)?\)\s*", re.DOTALL)
+# numpy prints no commas between the items of an array. Within a text a line end is printed as \n, so that this is none.
+_BETWEEN_ITEMS = re.compile(r"\}\s*\n\s*\{")
+
+
+def object_of(field: str, value: object, kinds: type | tuple[type, ...] = dict) -> Any:
+    """Return an object (or list, by `kinds`) that is one, or is saved as text.
+
+    Raises:
+        RowError: when it is neither.
+    """
+    if isinstance(value, str):
+        value = parsed_text(value)
+    if not isinstance(value, kinds):
+        what = "an object" if kinds is dict else "a list of objects"
+        raise RowError(field, f"must be {what}, or the JSON text of it")
+    return value
+
+
+def saved_messages(field: str, text: str) -> Any | None:
+    """Return the messages that a text stands for, None where it is a text of its own.
+
+    Raises:
+        RowError: when it begins as a list of messages and cannot be read.
+    """
+    if not _MAY_BE_MESSAGES.match(text) or not _SPEAKER.search(text):
+        return None
+    value = parsed_text(text)
+    if value is None and _SURELY_MESSAGES.match(text):
+        raise RowError(field, NO_MESSAGES)
+    messages = value if isinstance(value, list) else [value]
+    return value if messages and all(_is_message(message) for message in messages) else None
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    speaker, said = (value.get("from"), "value") if "from" in value else (value.get("role"), "content")
+    return isinstance(speaker, str) and (said in value or "tool_calls" in value)
+
+
+def parsed_text(text: str) -> Any | None:
+    """The value that a text of JSON or of Python stands for; None where it is neither."""
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        pass
+    if len(text) > _LONGEST:
+        return None
+    array = _ARRAY.fullmatch(text)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in a text that is no Python
+            return ast.literal_eval(_BETWEEN_ITEMS.sub("}, {", array[1] if array else text).strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
