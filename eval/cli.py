@@ -10,7 +10,6 @@ from qlora_dpo.command_line import Command, run_commands
 from qlora_dpo.config.checks import train_config
 from qlora_dpo.config.labeling import EndpointOptions
 from qlora_dpo.config.training import TRAIN_GROUPS
-from qlora_dpo.terminal import outlasting_stderr
 from qlora_dpo.training.signals import terminable
 
 COMMANDS = {
@@ -47,5 +46,5 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    with terminable(), outlasting_stderr():
+    with terminable():
         return run_commands("eval", COMMANDS, sys.argv[1:] if argv is None else list(argv))

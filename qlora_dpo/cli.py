@@ -39,7 +39,6 @@ from qlora_dpo.config.reference import (
 )
 from qlora_dpo.config.release import AdapterExportOptions, CheckOptions, GgufOptions, MergeOptions, PushOptions
 from qlora_dpo.config.training import TRAIN_GROUPS, DataOptions, ModelOptions, PlanOptions
-from qlora_dpo.terminal import outlasting_stderr
 from qlora_dpo.training.signals import terminable
 
 COMMANDS = {
@@ -184,5 +183,5 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one clear text on stderr, no traceback."""
-    with terminable(), outlasting_stderr():
+    with terminable():
         return run_commands("qlora_dpo", COMMANDS, sys.argv[1:] if argv is None else list(argv))

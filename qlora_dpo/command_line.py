@@ -17,6 +17,7 @@ from qlora_dpo.config.values import Names, Numbers
 from qlora_dpo.environment import prepare_process
 from qlora_dpo.errors import Interrupted, QloraDpoError, UsageError
 from qlora_dpo.redaction import redacted, refuse_secrets
+from qlora_dpo.terminal import CLOSED_PIPE, guarded_output, visible_lines
 from qlora_dpo.training.signals import Terminated
 
 NO_FLOAT16 = "float16 is not offered: its range ends at 65504, so DPO gradients overflow"
@@ -71,19 +72,26 @@ def _filled(group: type, options: dict[str, Any]) -> Any:
 
 
 def run_commands(program: str, commands: dict[str, Command], argv: list[str]) -> int:
-    """Find the command in the table, read its options, call its function."""
-    if not argv or argv[0] in {"-h", "--help"}:
-        print(_overview(program, commands))
-        return 0 if argv else UsageError.exit_code
+    """Find the command in the table, read its options, call its function; returns the exit code."""
+    with guarded_output() as results:
+        code = _run(program, commands, argv)
+    return CLOSED_PIPE if results.has_failed and not code else code
+
+
+def _run(program: str, commands: dict[str, Command], argv: list[str]) -> int:
     try:
+        if not argv or argv[0] in {"-h", "--help"}:
+            print(_overview(program, commands), flush=True)
+            return 0 if argv else UsageError.exit_code
         name = find_command(program, commands, argv)
         options = parse(f"{program} {name}", commands[name], argv[len(name.split()) :])
         refuse_secrets(options)
         prepare_process()
         commands[name](options)
+        sys.stdout.flush()
         return 0
     except QloraDpoError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        print(f"error: {visible_lines(redacted(str(error)))}", file=sys.stderr)
         return error.exit_code
     # Outside the training loop, which answers signals itself with a checkpoint; or Ctrl-C for the second time.
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
+from qlora_dpo.terminal import visible
+
 
 class Message(TypedDict):
     """One turn of a conversation; `role` is system, user, assistant or tool."""
@@ -102,7 +104,7 @@ class RefusedRow:
     """Nothing is wrong with the row, it only prefers neither answer: it is counted, and stops nothing."""
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.field}: {self.reason}"
+        return visible(f"{self.origin}: {self.field}: {self.reason}")
 
     @property
     def kind(self) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 from qlora_dpo.config.training import TrainConfig, quantization_of
 from qlora_dpo.data.files.readers import file_kind
-from qlora_dpo.data.linting.preview import visible
 from qlora_dpo.errors import StorageError
 from qlora_dpo.reference.flipped_labels import FlippedLabels
 from qlora_dpo.reference.implicit_rewards import Scored
 from qlora_dpo.scoring.adapter import NONE, ScoredAdapter
+from qlora_dpo.terminal import visible
 from qlora_dpo.training.data import TrainingData
 from qlora_dpo.training.folder.run_folder import write_atomically
 

@@ -14,13 +14,14 @@ from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.files.readers import file_kind
 from qlora_dpo.data.files.writers import row_writer
 from qlora_dpo.data.linting.lint import kept_texts, tokenized_source
-from qlora_dpo.data.linting.preview import token_text, visible
+from qlora_dpo.data.linting.preview import token_text
 from qlora_dpo.data.preferences import PreferencePair
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.reference.fill import keys_of
 from qlora_dpo.reference.implicit_rewards import Scored
 from qlora_dpo.reference.store import Logps, ModelRows
+from qlora_dpo.terminal import visible
 from qlora_dpo.training.data import TrainingData
 
 KINDS = (".jsonl", ".jsonl.gz", ".parquet")

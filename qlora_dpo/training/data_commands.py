@@ -21,6 +21,7 @@ from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.data.templates import apply_prompt_template
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.terminal import print_colored
 from qlora_dpo.training.folder.run_folder import write_atomically
 from qlora_dpo.training.linting import refuse_errors
 
@@ -87,7 +88,8 @@ def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> 
     if tokenizer is not None and facts is not None:
         datasets = [_tokenized(file, tokens, tokenizer) for file in files]
         shown = datasets[0][: options.preview]
-        print("\n".join(preview(shown, tokenizer, facts.end_id)), end="\n\n" if shown else "")
+        if shown:
+            print_colored("\n".join([*preview(shown, tokenizer, facts.end_id), ""]))
         sources = [tokenized_source(dataset) for dataset in datasets]
     else:
         sources = [text_source(reader_of(file)) for file in files]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from qlora_dpo.data.conversation_tokens import TokenizedConversation
-from qlora_dpo.data.linting.preview import preview, token_text, use_color, visible
+from qlora_dpo.data.linting.preview import preview, token_text, use_color
 from qlora_dpo.data.preferences import PreferencePair
 from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
+from qlora_dpo.terminal import visible
 
 
 def pair_of(tokenizer: Any, pair: PreferencePair, max_length: int = 200) -> tuple[TokenizedPair, int]:
@@ -68,6 +69,19 @@ def test_letters_of_any_script_stay_readable(tokenizers: Callable[[str], Any]) -
     pair, end_id = pair_of(llama, PreferencePair("你好", "再见", "不"))
     lines = preview([pair], llama, end_id, color=False)
     assert "你|好" in lines[2]
+
+
+def test_a_character_of_several_tokens_is_shown_whole(chatml: Any) -> None:
+    ids = {text: chatml(text, add_special_tokens=False).input_ids for text in ("é", " 你", "🎉", "x", "\ufffd")}
+    joined = [id_ for part in ids.values() for id_ in part]
+    lines = preview([TokenizedPair(joined, [*ids["🎉"], *ids["🎉"][:2]], ids["x"])], chatml, -1, color=False)
+    shown = {text: f"{text}[{len(part)}]" for text, part in ids.items() if len(part) > 1}
+    assert [len(part) for part in ids.values()][:3] == [2, 4, 4]
+    assert lines[2].startswith(f"    {shown['é']}|Ġ|你[3]|{shown['🎉']}|x|")
+    assert "\ufffd" not in lines[2]
+    # The answer is cut in the middle of a character: what is left has only the names of its tokens.
+    names = chatml.convert_ids_to_tokens(ids["🎉"][:2])
+    assert lines[4] == f"    {shown['🎉']}|{'|'.join(map(visible, names))}|[cut: no end token]"
 
 
 @pytest.mark.parametrize(

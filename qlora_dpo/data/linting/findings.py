@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+from qlora_dpo.terminal import visible
+
 Check = TypeVar("Check", bound=Callable[..., Any])
 
 
@@ -33,4 +35,4 @@ class Finding:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.rule}: {self.detail}"
+        return visible(f"{self.origin}: {self.rule}: {self.detail}")

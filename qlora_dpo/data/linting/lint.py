@@ -28,7 +28,7 @@ from qlora_dpo.data.ragged import Ragged
 from qlora_dpo.errors import DataError
 
 # Raise it when a rule finds something else in the same rows: `train` then looks again.
-LINT_VERSION = 1
+LINT_VERSION = 2
 
 _BATCH = 1000  # pairs
 Places = NDArray[np.int64]
@@ -186,8 +186,13 @@ class _Linting:
             start += count
 
     def _add(self, rule: Rule[Any], found: Iterable[tuple[int | None, str]], origins: Sequence[str]) -> None:
+        """Take in what a rule found, one finding for a row that it says several things about."""
+        of_row: dict[int | None, list[str]] = {}
+        for row, detail in found:
+            of_row.setdefault(row, []).append(detail)
         self.report.add(
-            Finding("all rows" if row is None else origins[row], rule.name, detail) for row, detail in found
+            Finding("all rows" if row is None else origins[row], rule.name, "; ".join(details))
+            for row, details in of_row.items()
         )
 
 

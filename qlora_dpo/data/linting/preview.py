@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_dpo.data.conversation_tokens import TokenizedConversation
 from qlora_dpo.data.tokenization import TokenizedPair
+from qlora_dpo.terminal import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ _MEANINGS = {
     "rejected": "trained on",
     "completion": "trained on",
 }
+
+_LONGEST = 16  # tokens that are looked at for a whole character: 4 bytes each, and parts of neighbours in one token
 
 Sample = TokenizedPair | TokenizedConversation
 
@@ -45,7 +48,7 @@ def _lines(sample: Sample, tokenizer: PreTrainedTokenizerBase, end_id: int, colo
     for kind, ids in _parts(sample):
         yield f"  {_painted(kind, _COLORS[kind], color)} ({len(ids):,} tokens, {_MEANINGS[kind]})"
         is_answer = kind in ("chosen", "rejected", "completion")
-        tokens = [token_text(tokenizer, id_) for id_ in ids]
+        tokens = list(_texts_of(tokenizer, ids))
         shown = [_painted(token, _COLORS[kind], color) for token in tokens]
         if is_answer and ids[-1] == end_id:
             code = f"{_COLORS[kind]};{_INVERTED}"
@@ -69,6 +72,26 @@ def _parts(sample: Sample) -> Iterator[tuple[str, list[int]]]:
         yield "masked", sample.ids[done:]
 
 
+def _texts_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[str]:
+    """The tokens as text, one by one; those that only together are whole characters as one, with their number."""
+    place = 0
+    while place < len(ids):
+        count, text = _whole(tokenizer, ids[place : place + _LONGEST])
+        shown = token_text(tokenizer, ids[place])
+        yield shown if count == 1 else f"{_with_space(tokenizer, ids[place], text)}[{count}]"
+        place += count
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[int, str]:
+    """How many tokens the first whole characters take, and their text; 1 where they are never whole."""
+    backend: Any = tokenizer.backend_tokenizer
+    for count in range(1, len(ids) + 1):
+        text = backend.decode(list(ids[:count]), skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return count, text
+    return 1, ""
+
+
 def token_text(tokenizer: PreTrainedTokenizerBase, id_: int) -> str:
     """A token as text, its leading space as U+2581; the token's own name where it is only a part of a character."""
     name = str(tokenizer.convert_ids_to_tokens(id_))
@@ -76,15 +99,13 @@ def token_text(tokenizer: PreTrainedTokenizerBase, id_: int) -> str:
     text = backend.decode([id_], skip_special_tokens=False)
     if not text.strip(" ") or "\ufffd" in text:
         return visible(name)
-    has_space = name.startswith(("▁", "Ġ", " "))
+    return _with_space(tokenizer, id_, text)
+
+
+def _with_space(tokenizer: PreTrainedTokenizerBase, id_: int, text: str) -> str:
+    """The text of tokens from `id_` on, escaped, their leading space as U+2581."""
+    has_space = str(tokenizer.convert_ids_to_tokens(id_)).startswith(("▁", "Ġ", " "))
     return visible("▁" + text.lstrip(" ") if has_space else text)
-
-
-def visible(text: str) -> str:
-    """The text with everything escaped that a terminal would obey or hide."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
 
 
 def _painted(text: str, code: str, color: bool) -> str:

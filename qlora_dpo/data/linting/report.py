@@ -25,7 +25,10 @@ RULES: dict[str, Rule[Any]] = {
 
 @dataclass(slots=True)
 class LintReport:
-    """What was found in the pairs of one run of all rules; `counts` may exceed what `rows` has."""
+    """What was found in the pairs of one run of all rules.
+
+    `counts` are of rows, each of which a rule names once; they may exceed what `rows` has.
+    """
 
     pairs: int
     held_out: int
@@ -59,11 +62,12 @@ class LintReport:
             lines += [str(finding) for finding in self.rows[name][:shown]]
             if self.counts[name] > shown:
                 lines.append(f"  ... and {self.counts[name] - shown:,} more rows of {name}")
+        width = max(map(len, self._names()), default=0)
         if lines:
-            lines += ["", f"  {'':7}  {'rule':20}  {'rows':>7}  what to do"]
+            lines += ["", f"  {'':7}  {'rule':{width}}  {'rows':>7}  what to do"]
         for name in self._names():
             rule = RULES[name]
-            lines.append(f"  {self._verdict(rule):7}  {name:20}  {self.counts[name]:7,}  {rule.advice}")
+            lines.append(f"  {self._verdict(rule):7}  {name:{width}}  {self.counts[name]:7,}  {rule.advice}")
         return [*lines, *self._notes(), self.summary()]
 
     def _verdict(self, rule: Rule[Any]) -> str:

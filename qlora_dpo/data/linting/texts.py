@@ -24,6 +24,32 @@ _WELL_KNOWN = (
     "<s>", "</s>", "<|endoftext|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|end_header_id|>",
     "<|eot_id|>", "[/INST]", "<<SYS>>", "<</SYS>>", "<bos>", "<eos>", "<end_of_turn>", "<|end|>", "<|eom_id|>",
 )  # fmt: skip
+# How a dialogue begins, and what must follow for it to be one.
+_DIALOGUES: tuple[tuple[re.Pattern[str], re.Pattern[str] | None], ...] = (
+    (
+        re.compile(r"^[ \t]*(?:Human|User|用户|人类)[ \t]*[:：]", re.M | re.I),
+        re.compile(r"^[ \t]*(?:Assistant|AI|Bot|助手)[ \t]*[:：]", re.M | re.I),
+    ),
+    (re.compile(r"\bUSER:"), re.compile(r"\bASSISTANT:")),
+    (
+        re.compile(r"^### ?(?:Instruction|Human|User|Question)\b", re.M),
+        re.compile(r"^### ?(?:Response|Assistant|Answer)\b", re.M),
+    ),
+    (re.compile(r"\[INST\]"), re.compile(r"\[/INST\]")),
+    (re.compile(r"<\|im_start\|>(?:system|user|assistant)\b"), None),
+    (re.compile(r"<\|start_header_id\|>(?:system|user|assistant)\b"), None),
+    (re.compile(r"<start_of_turn>(?:user|model)\b"), None),
+    (re.compile(r"<\|(?:system|user)\|>"), re.compile(r"<\|assistant\|>")),
+)
+_ROLE = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|user|assistant|tool|human|gpt)["']""")
+_CONTENT = re.compile(r"""["'](?:content|value|tool_calls)["']\s*:""")
+# How models write the beginning and the end of a thought.
+THOUGHTS = (
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
+    ("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)  # fmt: skip
+_SHORTEST_PROMPT = 10  # bytes: an answer may well begin with a shorter one
 _VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\u3164\ufeff]")
 
 
@@ -79,8 +105,56 @@ def _residue(text: str, marks: Marks) -> str | None:
 def _control_text(pair: PreferencePair, marks: Marks) -> str | None:
     for field, text in _texts(pair):
         found = marks.any.search(text)
-        if found and not (field == "chosen" and _residue(text, marks)):
+        is_told_elsewhere = found and (_residue(text, marks) if field == "chosen" else _dialogue(field, text))
+        if found and not is_told_elsewhere:
             return f"{field} holds {found[0]!a} at character {found.start()}"
+    return None
+
+
+def _answer_repeats_prompt(pair: PreferencePair, _: Marks) -> str | None:
+    prompt = (pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]).strip()
+    repeated = bool(prompt) and all(answer.lstrip().startswith(prompt) for answer in (pair.chosen, pair.rejected))
+    if repeated and len(prompt.encode(errors="replace")) >= _SHORTEST_PROMPT:
+        return f"both answers begin with the prompt ({prompt[:20]!a})"
+    return None
+
+
+def _dialogue_in_prompt(pair: PreferencePair, _: Marks) -> str | None:
+    return next((detail for field, text in _texts(pair) if (detail := _dialogue(field, text))), None)
+
+
+def _dialogue(field: str, text: str) -> str | None:
+    """Says where a dialogue begins in the text that a user wrote; a system prompt may show one."""
+    if field != "prompt" and not field.endswith(".user"):
+        return None
+    for first, then in _DIALOGUES:
+        found = first.search(text)
+        if found and (then is None or then.search(text, found.end())):
+            return f"{field} holds a dialogue as text, from {found[0].strip()!a} at character {found.start()} on"
+    return None
+
+
+def _messages_as_text(pair: PreferencePair, _: Marks) -> str | None:
+    for field, text in _texts(pair):
+        written = text.strip()
+        is_list = written.startswith(("[", "{", "array(")) and written.endswith(("]", "}", ")"))
+        if is_list and _ROLE.search(written) and _CONTENT.search(written):
+            return f"{field} is a list of messages that was written as text ({written[:20]!a})"
+    return None
+
+
+def _open_thought(pair: PreferencePair, _: Marks) -> str | None:
+    return _thought("chosen", pair.chosen)
+
+
+def _open_thought_rejected(pair: PreferencePair, _: Marks) -> str | None:
+    return _thought("rejected", pair.rejected)
+
+
+def _thought(field: str, answer: str) -> str | None:
+    for first, last in THOUGHTS:
+        if answer.lstrip().startswith(first) and answer.rfind(first) > answer.rfind(last):
+            return f"{field} ends within a thought: {first} without {last} after it"
     return None
 
 
@@ -88,7 +162,8 @@ def _texts(pair: PreferencePair) -> Iterator[tuple[str, str]]:
     if isinstance(pair.prompt, str):
         yield "prompt", pair.prompt
     else:
-        yield from ((f"prompt[{number}]", message["content"]) for number, message in enumerate(pair.prompt))
+        for number, message in enumerate(pair.prompt):
+            yield f"prompt[{number}].{message['role']}", message["content"]
     yield "chosen", pair.chosen
     yield "rejected", pair.rejected
 
@@ -108,6 +183,45 @@ TEXT_RULES: tuple[Rule[TextCheck], ...] = (
         "Cut it off: the model would learn to spell the token out, or to speak for the user.",
         _template_residue,
         tolerated=0.01,
+    ),
+    Rule(
+        "messages_as_text",
+        "error",
+        "prompts and answers that are a list of messages, written as JSON or as Python prints it",
+        "Save the lists as lists (JSONL, Parquet), not as text: the model would learn to answer in JSON.",
+        _messages_as_text,
+        tolerated=0.01,
+    ),
+    Rule(
+        "dialogue_in_prompt",
+        "error",
+        "prompts that hold a dialogue as text: Human: and Assistant:, [INST], <|im_start|>, ### Instruction",
+        "Write its turns as messages: as text the whole dialogue is one question within the model's own template.",
+        _dialogue_in_prompt,
+        tolerated=0.01,
+    ),
+    Rule(
+        "answer_repeats_prompt",
+        "error",
+        "pairs of which both answers begin with the prompt",
+        "Cut the prompt off the answers: the model would learn to repeat the question before it answers.",
+        _answer_repeats_prompt,
+        tolerated=0.5,
+    ),
+    Rule(
+        "open_thought",
+        "error",
+        "chosen answers that end within a thought: <think> without </think>",
+        "Close the thought or remove the row: the model would learn to think without an answer.",
+        _open_thought,
+        tolerated=0.01,
+    ),
+    Rule(
+        "open_thought_rejected",
+        "warning",
+        "rejected answers that end within a thought",
+        "Nothing to do where it is the endless thought that was rejected.",
+        _open_thought_rejected,
     ),
     Rule(
         "control_text",
