@@ -85,9 +85,10 @@ def test_a_command_goes_on_when_its_reader_leaves(
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr("sys.stdout", os.fdopen(writer, "w"))
     output = tmp_path / "lint.json"
-    assert main(["data", "lint", str(pairs_file), "--json", str(output)]) == CLOSED_PIPE
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["data", "lint", str(pairs_file), "--json", str(output)]) == CLOSED_PIPE
     assert json.loads(output.read_text())["pairs"] == len(pairs_file.read_text().splitlines())
 
 
