@@ -24,6 +24,8 @@ class PairFileOptions:
     """Split of a folder or Hub dataset. Default: train, or the only one there is."""
     revision: str | None = None
     """Commit, tag or branch of a Hub dataset."""
+    dataset_config: str | None = None
+    """Config of a Hub dataset that has several; as good as ID:CONFIG."""
     prompt_key: str = "prompt"
     """Column of the prompt (plaintext, messages)."""
     chosen_key: str = "chosen"

@@ -75,6 +75,8 @@ class DataOptions:
     """Split of a folder or Hub dataset."""
     dataset_revision: str | None = None
     """Commit, tag or branch of a Hub dataset."""
+    dataset_config: str | None = None
+    """Config of a Hub dataset that has several; as good as ID:CONFIG, which --eval_dataset takes, too."""
     eval_dataset: str | None = None
     """Held-out pairs, same format. Without it --eval_split or --eval_fraction decides."""
     eval_split: str | None = None

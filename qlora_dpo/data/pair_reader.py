@@ -10,7 +10,7 @@ from itertools import islice
 from qlora_dpo.config.data import PairFileOptions
 from qlora_dpo.data.columns import CONTENT, UnreadColumns
 from qlora_dpo.data.files.readers import Rows, settled_format
-from qlora_dpo.data.files.sources import Source, open_source
+from qlora_dpo.data.files.sources import Source, open_source, with_config
 from qlora_dpo.data.formats import ColumnNames, check_format, columns_read, detect_format, parse_row
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
 
@@ -79,4 +79,5 @@ def reader_of(pairs: PairFileOptions) -> PairReader:
         pairs.confidence_key,
         tuple(pairs.ignore_columns),
     )
-    return PairReader(open_source(pairs.file, split=pairs.split, revision=pairs.revision), pairs.dataset_format, names)
+    source = open_source(with_config(pairs.file, pairs.dataset_config), split=pairs.split, revision=pairs.revision)
+    return PairReader(source, pairs.dataset_format, names)

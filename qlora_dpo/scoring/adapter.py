@@ -57,8 +57,9 @@ class ScoredAdapter:
 
     def was_trained_on(self, config: TrainConfig) -> bool:
         """Its run names the very data set."""
-        dataset, split = self.settings.get("dataset"), self.settings.get("dataset_split")
-        if dataset is None or split != config.data.dataset_split:
+        dataset = self.settings.get("dataset")
+        parts = ("dataset_split", "dataset_config")
+        if dataset is None or any(self.settings.get(name) != getattr(config.data, name) for name in parts):
             return False
         return _same(str(dataset), str(config.data.dataset))
 

@@ -16,6 +16,7 @@ from qlora_dpo.data.dataset import (
     load_preference_dataset,
     split_by_prompt,
 )
+from qlora_dpo.data.files.sources import with_config
 from qlora_dpo.data.mixtures.mixture import is_mixture
 from qlora_dpo.data.mixtures.sampling import Sampler
 from qlora_dpo.errors import DataError
@@ -116,10 +117,11 @@ def load_training_data(options: DataOptions, tokenizer: Any, seed: int) -> Train
     if is_mixture(options.dataset):
         mixed = load_mixed(options, load, read, seed)
         return TrainingData(mixed.samples, mixed.train, mixed.held_out, mixed.sources, mixed)
-    training = load(options.dataset, split=options.dataset_split, revision=options.dataset_revision, **read)
+    dataset = with_config(options.dataset, options.dataset_config)
+    training = load(dataset, split=options.dataset_split, revision=options.dataset_revision, **read)
     if options.eval_dataset or options.eval_split:
         # A dataset that is named for evaluation may have a test split, the training split, or no splits at all.
-        name, split = options.eval_dataset or options.dataset, options.eval_split or options.dataset_split
+        name, split = options.eval_dataset or dataset, options.eval_split or options.dataset_split
         revision = None if options.eval_dataset else options.dataset_revision
         held_out = load(name, split=split, revision=revision, **read)
         pairs: Sequence[Any] = Chained(training, held_out)

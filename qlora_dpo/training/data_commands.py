@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_dpo.config.data import InspectOptions, LintOptions, PairFileOptions, TokenOptions
 from qlora_dpo.data.dataset import PairDataset, load_preference_dataset
+from qlora_dpo.data.files.sources import with_config
 from qlora_dpo.data.inspection import count_texts, inspection, table
 from qlora_dpo.data.inspection_plot import draw_inspection
 from qlora_dpo.data.linting.lint import kept_texts, lint_pairs, text_source, tokenized_source
@@ -82,7 +83,7 @@ def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> 
     if tokenizer is None and options.preview:
         raise UsageError("--preview shows tokens: name their tokenizer with --model_name_or_path or --tokenizer.")
     training = _sources_of(pairs)
-    held_out = [replace(pairs, file=options.eval_dataset)] if options.eval_dataset else []
+    held_out = [replace(pairs, file=options.eval_dataset, dataset_config=None)] if options.eval_dataset else []
     files = [*training, *held_out]
     facts = None if tokenizer is None else facts_of(tokenizer, tokens.max_length, tokens.max_prompt_length)
     if tokenizer is not None and facts is not None:
@@ -151,7 +152,7 @@ def _sources_of(pairs: PairFileOptions) -> list[PairFileOptions]:
 
 def _tokenized(pairs: PairFileOptions, tokens: TokenOptions, tokenizer: Any) -> PairDataset:
     return load_preference_dataset(
-        pairs.file,
+        with_config(pairs.file, pairs.dataset_config),
         tokenizer=tokenizer,
         dataset_format=pairs.dataset_format,
         split=pairs.split,

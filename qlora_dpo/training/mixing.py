@@ -27,6 +27,7 @@ _OF_ONE = {"dataset_format", "dataset_split"} | {
 # Options that a mixture cannot go with, and what to do instead.
 _MEANINGLESS = {
     "dataset_revision": _AT_SOURCE,
+    "dataset_config": _AT_SOURCE,
     "eval_split": "name --eval_dataset, or hold out with --eval_fraction",
     "max_train_samples": "lower the rates in the mixture, or give --max_steps",
 }

@@ -1,8 +1,9 @@
 """A server on this machine that answers like the Hub and ModelScope, for one small repository in many conditions.
 
 What a repository's name ends with is its condition: `good`, `gated` (its files are refused), `private` (so is the
-repository), `breaks` (a file never comes through its middle), `resumes` (it breaks off once), `failing` (503).
-Any other name is unknown. Revisions are `main` (ModelScope: `master`) and `v1`.
+repository), `breaks` (a file never comes through its middle), `resumes` (it breaks off once), `failing` (503),
+`configs` (it has the configs `first` and `second`, the latter with the one split `prefs`). Any other name is unknown.
+Revisions are `main` (ModelScope: `master`) and `v1`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-CONDITIONS = ("good", "gated", "private", "breaks", "resumes", "failing")
+CONDITIONS = ("good", "gated", "private", "breaks", "resumes", "failing", "configs")
 COMMITS = {"main": "a" * 40, "master": "a" * 40, "v1": "b" * 40}
 
 
@@ -23,9 +24,20 @@ def rows_of(revision: str) -> list[dict[str, str]]:
     return [{"prompt": f"q{n} {revision}", "chosen": "good", "rejected": "bad"} for n in range(200)]
 
 
-def _file(commit: str) -> bytes:
+CONFIGS = """---
+configs:
+- config_name: first
+  data_files: [{split: train, path: train.jsonl}, {split: test, path: train.jsonl}]
+- config_name: second
+  data_files: [{split: prefs, path: train.jsonl}]
+---
+"""
+
+
+def _files(name: str, commit: str) -> dict[str, bytes]:
     revision = "v1" if commit == COMMITS["v1"] else "main"
-    return "".join(json.dumps(row) + "\n" for row in rows_of(revision)).encode()
+    files = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows_of(revision)).encode()}
+    return files | ({"README.md": CONFIGS.encode()} if name.endswith("configs") else {})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -64,13 +76,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_there(repository.split("/")[1], revision):
             return
         commit = _commit(revision)
-        file = {"type": "file", "path": "train.jsonl", "oid": "c" * 40, "size": len(_file(commit))}
+        files = [
+            {"type": "file", "path": path, "oid": "c" * 40, "size": len(content)}
+            for path, content in _files(repository, commit).items()
+        ]
         if rest and rest[0] == "tree":
-            self._json([file])
+            self._json(files)
         elif rest and rest[0] == "paths-info":
-            self._json([file] if "train.jsonl" in self.form["paths"] else [])
+            self._json([file for file in files if file["path"] in self.form["paths"]])
         elif not rest or rest[0] == "revision":
-            siblings = [{"rfilename": "train.jsonl"}]
+            siblings = [{"rfilename": file["path"]} for file in files]
             self._json({"id": repository, "sha": commit, "siblings": siblings, "private": False, "tags": []})
         else:
             self._json({"error": "no such page"}, 404)
@@ -94,10 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         commit = _commit(revision)
         if name.endswith("gated"):
             self._json({"error": "Access to dataset is restricted"}, 403, "GatedRepo")
-        elif path != "train.jsonl":
+        elif path not in _files(name, commit):
             self._json({"error": "Entry not found"}, 404, "EntryNotFound")
         else:
-            self._send_file(name, _file(commit), {"X-Repo-Commit": commit})
+            self._send_file(name, _files(name, commit)[path], {"X-Repo-Commit": commit})
 
     def _send_file(self, name: str, content: bytes, headers: dict[str, str]) -> None:
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
@@ -126,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif condition not in CONDITIONS or _commit(revision) not in COMMITS.values():
             self._json({"Code": 10010205001, "Message": "not found", "Success": False}, 404)
         elif rest == ["tree"]:
-            content = _file(_commit(revision))
+            content = _files(name, _commit(revision))["train.jsonl"]
             file = {
                 "Path": "train.jsonl", "Name": "train.jsonl", "Type": "blob", "Size": len(content),
                 "Sha256": hashlib.sha256(content).hexdigest(),
@@ -135,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = {"Files": [file] if first else [], "TotalCount": 1}
             self._json({"Code": 200, "Success": True, "Data": data})
         else:
-            self._send_file(name, _file(_commit(revision)), {})
+            self._send_file(name, _files(name, _commit(revision))["train.jsonl"], {})
 
     def _json(self, value: object, status: int = 200, error_code: str | None = None) -> None:
         content = json.dumps(value).encode()

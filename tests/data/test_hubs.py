@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, rows_of
 
-from qlora_dpo.data.files.sources import open_source
+from qlora_dpo.data.files.sources import open_source, with_config
 from qlora_dpo.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,15 +23,18 @@ NEEDS_MODELSCOPE = pytest.mark.skipif(not HAS_MODELSCOPE, reason="the package mo
 # The endpoints are read on import, so all is asked for in a process of its own.
 ASK = """
 import json, sys, time
-from qlora_dpo.data.files.sources import read_rows
+from qlora_dpo.data.files.sources import open_source, read_rows
 from qlora_dpo.errors import QloraDpoError
 for source, revision in json.load(sys.stdin):
+    source, _, split = source.partition(" ")
     started, rows, error = time.monotonic(), [], None
     try:
-        rows = [row.values for row in read_rows(source, revision=revision)]
+        rows = [row.values for row in read_rows(source, split=split or None, revision=revision)]
     except QloraDpoError as raised:
         error = f"{type(raised).__name__}: {raised}"
-    print("ANSWER", json.dumps([rows, error, time.monotonic() - started]))
+    seconds = time.monotonic() - started
+    fingerprint = open_source(source).fingerprint() if rows and "configs" in source and not split else None
+    print("ANSWER", json.dumps([rows, error, seconds, fingerprint]))
 """
 
 
@@ -40,9 +43,11 @@ class Answer:
     rows: list[dict[str, str]]
     error: str | None
     seconds: float
+    fingerprint: str | None
 
 
 Question = tuple[str, str | None]
+"""A source, with the split behind a space where one is asked for, and a revision."""
 
 
 def ask_all(address: str, home: Path, questions: list[Question]) -> dict[Question, Answer]:
@@ -65,12 +70,22 @@ def ask_all(address: str, home: Path, questions: list[Question]) -> dict[Questio
 
 
 HUB = ("org/gated", "org/private", "org/none", "org/breaks", "org/resumes", "org/failing")
+CONFIGS = (
+    "org/configs",
+    "org/configs:first",
+    "org/configs:first test",
+    "org/configs:second",
+    "org/configs:third",
+    "org/configs:first nosuch",
+    "org/good nosuch",
+)
 QUESTIONS: list[Question] = [
     ("org/good", "v1"),
     ("org/good", "b" * 40),
     ("org/good", "v9"),
     ("org/good", None),
     *((name, None) for name in HUB),
+    *((name, None) for name in CONFIGS),
 ]
 MODELSCOPE_QUESTIONS: list[Question] = [
     ("modelscope:org/good", None),
@@ -110,6 +125,9 @@ def answers(both: tuple[Answers, Answers]) -> Answers:
         ("org/good", "v1", "v1"),
         ("org/good", "b" * 40, "v1"),
         ("org/resumes", None, "main"),
+        ("org/configs:first", None, "main"),
+        ("org/configs:first test", None, "main"),
+        ("org/configs:second", None, "main"),
         pytest.param("modelscope:org/good", None, "main", marks=NEEDS_MODELSCOPE),
         pytest.param("modelscope:org/good@v1", None, "v1", marks=NEEDS_MODELSCOPE),
         pytest.param("modelscope:org/good", "v1", "v1", marks=NEEDS_MODELSCOPE),
@@ -160,6 +178,40 @@ def test_without_a_server_the_cache_answers_and_else_one_sentence(both: tuple[An
     for source, answer in ((source, answer) for (source, _), answer in answers.items() if source != "org/good"):
         assert answer.error is not None and "the connection failed" in answer.error and source in answer.error
         assert answer.seconds < 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (
+            "org/configs",
+            "has several configs, first, second; name one with --dataset_config, or as org/configs:CONFIG.",
+        ),
+        ("org/configs:third", "has no config 'third'; there is first, second."),
+        ("org/configs:first nosuch", "has no split 'nosuch'; there is train, test. Name one with --split"),
+        ("org/good nosuch", "has no split 'nosuch'; there is train. Name one with --split"),
+    ],
+)
+def test_what_a_data_set_does_not_have_is_told_by_what_it_has(answers: Answers, source: str, sentence: str) -> None:
+    answer = answers[source, None]
+    assert answer.rows == [] and answer.error is not None
+    assert answer.error.startswith("UsageError: ") and sentence in answer.error
+
+
+@pytest.mark.slow
+def test_configs_of_a_data_set_are_different_sources(answers: Answers) -> None:
+    first, second = (answers[f"org/configs:{name}", None].fingerprint for name in ("first", "second"))
+    assert first and second and first != second
+
+
+def test_a_config_is_of_the_hub_and_named_once(tmp_path: Path) -> None:
+    assert with_config("owner/name", "x") == "owner/name:x" and with_config("owner/name:y", None) == "owner/name:y"
+    for source in (str(tmp_path), "modelscope:org/good"):
+        with pytest.raises(UsageError, match="--dataset_config x has no meaning"):
+            with_config(source, "x")
+    with pytest.raises(UsageError, match="leave one of them out"):
+        with_config("owner/name:y", "x")
 
 
 def test_modelscope_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

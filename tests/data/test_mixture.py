@@ -92,7 +92,8 @@ def test_every_key_of_a_source_is_read(write: Write, tmp_path: Path) -> None:
                 "sources": [
                     {"path": "data.jsonl"},
                     {
-                        "path": "owner/name", "name": "hub", "format": "plaintext", "split": "test", "revision": "v1",
+                        "path": "owner/name", "name": "hub", "format": "plaintext", "split": "test",
+                        "revision": "v1", "config": "c",
                         "chosen_key": "good", "sample_rate": 2,
                         "ratio": [{"category_name": "math", "sample_rate": 0.5}, {"category_id": 7}],
                     },
@@ -101,7 +102,7 @@ def test_every_key_of_a_source_is_read(write: Write, tmp_path: Path) -> None:
         )
     ).sources  # fmt: skip
     assert (source.path, source.name, source.sample_rate, source.format) == (str(data), "data", 1.0, "auto")
-    assert (named.path, named.name, named.split, named.revision) == ("owner/name", "hub", "test", "v1")
+    assert (named.path, named.name, named.split, named.revision) == ("owner/name:c", "hub", "test", "v1")
     assert named.keys == {"chosen_key": "good"} and named.format == "plaintext"
     assert [named.rate_of(category) for category in ("math", "7", "other", None)] == [0.5, 1.0, 2.0, 2.0]
     assert read_mixture(write("list.yaml", [{"path": "data.jsonl"}])).sources == (source,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,22 +27,26 @@ class _Fault:
     advice: str
 
 
-def load_from_hub(source: str, split: str, revision: str | None) -> Any:
-    """Load a split of a data set on the Hub; `datasets` caches it.
+def load_from_hub(source: str, config: str | None, split: str | None, revision: str | None) -> Any:
+    """Load a split of a config of a data set on the Hub; `datasets` caches it. The split is by default `train`, or the
+    only one.
 
     Raises:
         StorageError: when the Hub or the data set cannot be had.
-        UsageError: when it has no such split.
+        UsageError: when it has no such config or split; the error names those that it has.
     """
     from datasets import Dataset
 
     try:
         with quiet("huggingface_hub"):
-            loaded = _load(source, split, revision)
+            loaded = _load(source, config, split or "train", revision)
     except QloraDpoError:
         raise
     except Exception as error:  # the library and its transports raise a dozen types
-        raise _hub_error(source, split, revision, error) from error
+        known = _listed(error) if str(error).startswith(_NO_SPLIT) else []
+        if split is None and len(known) == 1 and known != ["train"]:
+            return load_from_hub(source, config, known[0], revision)
+        raise _hub_error(source, config, split or "train", revision, error) from error
     if not isinstance(loaded, Dataset):
         raise UsageError(f"{source}: --split {split!r} names several splits; name one of {', '.join(loaded)}.")
     return loaded
@@ -59,7 +64,7 @@ def quiet(library: str) -> Iterator[None]:
         log.setLevel(level)
 
 
-def _load(source: str, split: str, revision: str | None) -> Any:
+def _load(source: str, config: str | None, split: str, revision: str | None) -> Any:
     """Load from the Hub, or from the cache alone where the Hub does not answer."""
     import datasets
 
@@ -67,7 +72,7 @@ def _load(source: str, split: str, revision: str | None) -> Any:
     silence = None if offline else _ask(source, revision)
     try:
         datasets.config.HF_HUB_OFFLINE = offline or silence is not None
-        loaded = datasets.load_dataset(source, split=split, revision=revision)
+        loaded = datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception:
         if silence:
             raise silence from None
@@ -120,8 +125,30 @@ def _check_revision(source: str, revision: str | None, loaded: Any) -> None:
         )
 
 
-def _hub_error(source: str, split: str, revision: str | None, error: Exception) -> QloraDpoError:
+_NO_SPLIT = "Unknown split"
+# How the library's messages begin that list what there is instead, and what the user is told.
+_NOT_THERE = {
+    _NO_SPLIT: "{source} has no split {split!r}; there is {known}. Name one with --split (train: --dataset_split).",
+    "Config name is missing": "{source} has several configs, {known}; name one with --dataset_config, or as "
+    "{source}:CONFIG.",
+    "BuilderConfig": "{source} has no config {config!r}; there is {known}.",
+    "Couldn't find cache": "the Hub does not answer, and of {source} the cache holds no config {config!r}; it holds "
+    "{known}.",
+}
+
+
+def _listed(error: Exception) -> list[str]:
+    """The names that stand in brackets in a message."""
+    found = re.search(r"\[(.*?)\]", str(error), re.DOTALL)
+    return re.findall(r"['\"](.*?)['\"]", found[1]) if found else []
+
+
+def _hub_error(source: str, config: str | None, split: str, revision: str | None, error: Exception) -> QloraDpoError:
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        known = ", ".join(_listed(error))
+        for beginning, sentence in _NOT_THERE.items():
+            if known and str(error).startswith(beginning):
+                return UsageError(sentence.format(source=source, config=config, split=split, known=known))
         named = f"split {split!r}" + (f", revision {revision!r}" if revision else "")
         return UsageError(f"the data set {source} on the Hub cannot be read with {named}: {first_line(error)}")
     fault = _fault(_HUB_FAULTS, error)

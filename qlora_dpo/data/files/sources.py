@@ -1,5 +1,5 @@
-"""Where rows come from: a file, a folder of files, a `save_to_disk` folder, a data set on the Hub, or
-`modelscope:ORG/NAME[@revision]`.
+"""Where rows come from: a file, a folder of files, a `save_to_disk` folder, a data set on the Hub or a config of it
+(`owner/name:config`), or `modelscope:ORG/NAME[@revision]`.
 
 Every source has splits. A single file is the split `train`; a folder's splits are read off its file names,
 as the Hub does. Without a name, `train` is taken, or the only split there is.
@@ -28,7 +28,7 @@ _SPLIT_WORDS = {
 }
 _SPLIT_BY_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[^:/]+))?")
 _ROWS_AT_ONCE = 1000
 
 
@@ -73,6 +73,23 @@ def open_source(source: str, *, split: str | None = None, revision: str | None =
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _saved_source(path, split)
     return _folder_source(path, split)
+
+
+def with_config(source: str, config: str | None) -> str:
+    """The name of a config of a data set on the Hub, by which `open_source` finds it.
+
+    Raises:
+        UsageError: when a config has no meaning for the source.
+    """
+    if config is None:
+        return source
+    if source.startswith(MODELSCOPE) or Path(source).expanduser().exists():
+        raise UsageError(
+            f"--dataset_config {config} has no meaning for {source}, which is not on the Hub; leave it out."
+        )
+    if ":" in source:
+        raise UsageError(f"{source} names a config, and --dataset_config {config} is given too; leave one of them out.")
+    return f"{source}:{config}"
 
 
 def _file_source(path: Path, split: str | None) -> Source:
@@ -170,12 +187,13 @@ def _dataset_rows(name: str, dataset: Any, wanted: Wanted) -> Rows:
 
 def _hub_source(source: str, split: str | None, revision: str | None) -> Source:
     path = Path(source).expanduser()
-    if not _HUB_ID.fullmatch(source) or file_kind(path):
+    name = _HUB_ID.fullmatch(source)
+    if not name or file_kind(path):
         raise StorageError(
             f"{_shown(source)} is neither a local path nor reachable as a Hub id: nothing is there, "
-            "and a Hub id has the form owner/name. Check the path."
+            "and a Hub id has the form owner/name or owner/name:config. Check the path."
         )
-    loaded = load_from_hub(source, split or "train", revision)
+    loaded = load_from_hub(name["id"], name["config"], split, revision)
     fingerprint = f"{source}@{loaded._fingerprint}"
     return Source(source, lambda wanted: _dataset_rows(source, loaded, wanted), lambda: fingerprint)
 

@@ -25,6 +25,7 @@ import yaml
 
 from qlora_dpo.config.checks import nearest
 from qlora_dpo.data.conversations import ConversationColumns
+from qlora_dpo.data.files.sources import with_config
 from qlora_dpo.data.preferences import ColumnNames
 from qlora_dpo.errors import DataError, StorageError
 
@@ -148,7 +149,7 @@ def _source(entry: object, file: Path, where: str) -> MixtureSource:
     if "path" not in values:
         raise DataError(f"{where}: no path; name a file, a folder or a Hub id.")
     keys = {option: values.pop(option) for option in COLUMN_OPTIONS if option in values}
-    path = _found(values.pop("path"), file)
+    path = with_config(_found(values.pop("path"), file), values.pop("config", None))
     return MixtureSource(path=path, name=values.pop("name", Path(path).name.split(".")[0]), keys=keys, **values)
 
 
@@ -283,6 +284,7 @@ _SOURCE: dict[str, Callable[[str, object], Any]] = {
     "format": _text,
     "split": _text,
     "revision": _text,
+    "config": _text,
     **dict.fromkeys(COLUMN_OPTIONS, _text),
     "ignore_columns": _names,
 }

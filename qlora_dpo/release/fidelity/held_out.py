@@ -41,7 +41,8 @@ def read_held_out(artefact: Artefact, tokenizer: Any, dataset: str | None, count
     if dataset is not None:
         alone = replace(
             options, dataset=dataset, dataset_format="auto", dataset_split="train", dataset_revision=None,
-            eval_dataset=None, eval_split=None, eval_fraction=0.0, max_train_samples=None, bad_rows="fail",
+            dataset_config=None, eval_dataset=None, eval_split=None, eval_fraction=0.0, max_train_samples=None,
+            bad_rows="fail",
         )  # fmt: skip
         data = load_training_data(alone, tokenizer, seed)
         return HeldOut(dataset, _spread(data.pairs, data.train, count))
