@@ -60,10 +60,12 @@ class CheckOptions:
     """Address of a server of the folder with its version, http://localhost:8000/v1: replayed too."""
     server_model: str | None = None
     """Name of the model on the server. Default: the only one that it has."""
-    min_same_answers: float = 0.9
-    """Share of greedy answers, and of their first tokens, that must be the same."""
+    min_same_tokens: float = 0.98
+    """Share of the tokens of the adapter's answers that must be the likeliest there too; where two tokens are nearly as
+    likely as each other, rounding decides and nothing is asked."""
     max_difference: float = 0.05
-    """Largest mean difference of the log-probs of an answer's tokens."""
+    """Largest mean difference of the log-probs of an answer's tokens; where the adapter is further from itself by
+    rounding, three times that."""
     use_cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
 

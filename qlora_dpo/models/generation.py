@@ -73,12 +73,14 @@ def complete(
     end_token_ids: Sequence[int],
     temperature: float,
     watch: Callable[[torch.Tensor], None] = lambda ids: None,
+    look: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> list[Completion]:
     """One answer to each prompt, all in one batch; each is drawn by its own seed, whatever else is in the batch.
 
-    The model must be in `eval()`. `watch` gets all new ids [B, T] after each token and may raise to stop there.
+    The model must be in `eval()`. `watch` gets all new ids [B, T] after each token and may raise to stop there. `look`
+    gets, at temperature 0, ids and logits [B, V] before each token and returns the logits.
     """
-    draw = _DrawBySeed(seeds, temperature, max_new_tokens, model.device) if temperature > 0 else None
+    draw = _DrawBySeed(seeds, temperature, max_new_tokens, model.device) if temperature > 0 else look
     with torch.no_grad():
         ids = _generate_batch(
             model, tokenizer, list(prompts), max_new_tokens, end_token_ids, 0.0, draw=draw, watch=watch
@@ -124,7 +126,7 @@ def _generate_batch(
     ends: Sequence[int],
     temperature: float,
     pause: Callable[[], None] = lambda: None,
-    draw: _DrawBySeed | None = None,
+    draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     watch: Callable[[torch.Tensor], None] = lambda ids: None,
 ) -> torch.Tensor:
     """New token ids [B, <= max_new_tokens] of left-padded prompts; `draw` chooses them in place of transformers."""

@@ -12,8 +12,8 @@ from qlora_dpo.config.release import AdapterExportOptions
 from qlora_dpo.errors import ModelError
 from qlora_dpo.release.artefact import Artefact, open_artefact, refuse_used, tokenizer_of
 from qlora_dpo.release.cards.card import write_card
-from qlora_dpo.release.checking.replay import BASE_HELD
 from qlora_dpo.release.staging import require_space, staged
+from qlora_dpo.training.trained_on import BASE_HELD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -67,6 +67,14 @@ def open_artefact(adapter: Path, *, base_model: str | None = None, allow_unfinis
     return replace(artefact, origin=replace(artefact.origin, revision=revision))
 
 
+def say_what_is_assumed(artefact: Artefact) -> None:
+    """Of another tool's adapter nothing tells how its base was held."""
+    if not artefact.origin.is_known:
+        print(
+            "No config.yaml beside the adapter: taking NF4 with double quantization and bfloat16 as its training base."
+        )
+
+
 def refuse_used(output: Path) -> None:
     """Refuse an --output that is a file or holds something.
 

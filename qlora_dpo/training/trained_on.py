@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 import yaml
 
 from qlora_dpo.config.training import ModelOptions, quantization_of
-from qlora_dpo.errors import UsageError
+from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder, load_adapter
 from qlora_dpo.training.folder.run_folder import CONFIG
+
+BASE_HELD = "base_quantization.json"  # beside an adapter that `release adapter` wrote
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TrainedOn:
 
 
 def trained_on(adapter: Path, base_model: str | None = None) -> TrainedOn:
-    """Read adapter_config.json, and config.yaml where a run of this tool left one.
+    """Read adapter_config.json, and config.yaml or base_quantization.json where this tool left one.
 
     Raises:
         StorageError, ModelError: see `check_adapter_folder`.
@@ -44,13 +47,35 @@ def trained_on(adapter: Path, base_model: str | None = None) -> TrainedOn:
     if config_file is not None:
         settings = yaml.safe_load(config_file.read_text(encoding="utf-8"))
         model = ModelOptions(**{name: settings[name] for name in ModelOptions.__dataclass_fields__ if name in settings})
+    noted = None if config_file else base_held(adapter)
+    quantization, dtype = noted or (
+        quantization_of(model),
+        torch.float32 if model.dtype == "float32" else torch.bfloat16,
+    )
     return TrainedOn(
         base=str(base),
         revision=None if base_model else adapter_config.get("revision"),
-        quantization=quantization_of(model),
-        dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
-        is_known=config_file is not None,
+        quantization=quantization,
+        dtype=dtype,
+        is_known=noted is not None or config_file is not None,
     )
+
+
+def base_held(folder: Path) -> tuple[dict[str, Any] | None, torch.dtype] | None:
+    """The quantization and the type that base_quantization.json names; None where there is no such file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    file = folder / BASE_HELD
+    if not file.is_file():
+        return None
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        dtype: torch.dtype = getattr(torch, held["dtype"])
+        return held["quantization"], dtype
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{file} cannot be read ({error!r}). Export the adapter anew.") from error
 
 
 def load_trained(adapter: Path, *, base_model: str | None = None, use_cpu: bool = False) -> tuple[Any, Any]:

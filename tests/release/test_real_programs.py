@@ -34,7 +34,7 @@ needs_run = pytest.mark.skipif(
 
 def check(*options: object) -> dict[str, str]:
     """What `release check` found beside the merged folder itself, by row."""
-    arguments = [MERGED, "--adapter", RUN, "--max_prompts", PROMPTS, "--min_same_answers", SAME, *options]
+    arguments = [MERGED, "--adapter", RUN, "--max_prompts", PROMPTS, "--min_same_tokens", SAME, *options]
     assert main(["release", "check", *map(str, arguments)]) == 0
     compared = json.loads((Path(MERGED) / "release_check.json").read_text())["compared"]
     return {row["name"]: row["value"] for row in list(compared.values())[-1]}

@@ -16,6 +16,7 @@ from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.training.folder.content import weights_fingerprint
 from qlora_dpo.training.folder.run_folder import CONFIG, METRICS, SAMPLES, STATUS
 from qlora_dpo.training.records.tracking import read_metrics
+from qlora_dpo.training.trained_on import BASE_HELD
 
 Kind = Literal["adapter", "merged", "gguf"]
 ADAPTER_CONFIG, MODEL_CONFIG, MERGE_REPORT, GGUF_REPORT, CHECK_REPORT = (
@@ -24,7 +25,6 @@ ADAPTER_CONFIG, MODEL_CONFIG, MERGE_REPORT, GGUF_REPORT, CHECK_REPORT = (
 DATA, DEMO, COMPARISON, SUMMARY, ANSWERS, GATE = (
     "data.json", "before_after.json", "compare", "summary.json", "answers.jsonl", "gate.json"
 )  # fmt: skip
-BASE_HELD = "base_quantization.json"  # of an adapter that `release adapter` wrote
 WEIGHTS: dict[Kind, str] = {"adapter": "adapter_model.safetensors", "merged": "model*.safetensors", "gguf": "*.gguf"}
 _UNFINISHED = (
     "{run} is a run that has not finished (step {step} of {of}). Run the same train command again to finish it, or "

@@ -18,12 +18,11 @@ from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import QloraDpoError, StorageError, UsageError
 from qlora_dpo.models.loading import choose_device
 from qlora_dpo.release.adapter_export import refuse_whole_model
-from qlora_dpo.release.artefact import open_artefact, tokenizer_of
+from qlora_dpo.release.artefact import Artefact, open_artefact, say_what_is_assumed, tokenizer_of
 from qlora_dpo.release.cards.records import CHECK_REPORT, MERGE_REPORT
 from qlora_dpo.release.checking.comparing import Row, answer_rows, stop_rows, table, template_row, tokenizer_rows
 from qlora_dpo.release.checking.prompts import check_prompts
 from qlora_dpo.release.checking.replay import (
-    BASE_HELD,
     Expected,
     expected_answers,
     export_answers,
@@ -31,8 +30,10 @@ from qlora_dpo.release.checking.replay import (
     load_export,
     refuse_missing,
 )
+from qlora_dpo.release.checking.weights import weights_row
 from qlora_dpo.training.folder.content import weights_fingerprint
 from qlora_dpo.training.folder.run_folder import write_atomically
+from qlora_dpo.training.trained_on import BASE_HELD
 
 
 class NotTheTrainedModel(QloraDpoError):
@@ -53,6 +54,7 @@ def check(options: CheckOptions) -> None:
     adapter = options.adapter or _adapter_of(options.folder)
     refuse_whole_model(adapter)
     artefact = open_artefact(adapter, base_model=options.base_model)
+    say_what_is_assumed(artefact)
     tokenizer = tokenizer_of(artefact)
     prompts = check_prompts(options.prompts, options.max_prompts, artefact, tokenizer)
     device = choose_device(options.use_cpu)
@@ -61,10 +63,10 @@ def check(options: CheckOptions) -> None:
     left_out = f" ({prompts.left_out} left out: too long, or with a control token's name)" if prompts.left_out else ""
     print(
         f"{artefact.named}: {len(prompts.rows)} prompts of {prompts.source}{left_out}; {ended} of its answers "
-        f"end within {options.max_new_tokens} tokens."
+        f"end within {options.max_new_tokens} tokens. Rounding alone moves their log-probs by {expected.noise:.2g}."
     )
     found: dict[str, list[Row]] = {}
-    for name, rows in _compared(options, expected, prompts.rows, device):
+    for name, rows in _compared(options, artefact, expected, prompts.rows, device):
         print(f"\n{name}\n" + "\n".join(table(rows)), flush=True)
         found[name] = rows
     problems = [
@@ -92,23 +94,23 @@ def _note(folder: Path, found: dict[str, list[Row]], problems: list[str], source
 
 
 def _compared(
-    options: CheckOptions, expected: Expected, prompts: Sequence[Sequence[Message]], device: Any
+    options: CheckOptions, artefact: Artefact, expected: Expected, prompts: Sequence[Sequence[Message]], device: Any
 ) -> Iterator[tuple[str, list[Row]]]:
     """Each thing that was exported, with its rows; one model in memory at a time."""
-    limits = options.min_same_answers, options.max_difference
-    export = load_export(options.folder, device)
+    limits = options.min_same_tokens, options.max_difference
+    export = load_export(options.folder, device, artefact.origin)
     rows = [*tokenizer_rows(expected, export), template_row(expected, export, prompts), *stop_rows(expected, export)]
     rows += answer_rows(expected, export_answers(export, prompts, expected), export.tokenizer, *limits)
     del export
     free_memory()
-    yield f"{options.folder}, by transformers", rows
+    yield f"{options.folder}, by transformers", [*rows, weights_row(artefact, options.folder, device)]
     if options.gguf is not None and importlib.util.find_spec("llama_cpp"):
         from qlora_dpo.release.checking.replay_llama_cpp import llama_cpp_answers
 
         answers = llama_cpp_answers(options.gguf, prompts, expected)
         yield f"{options.gguf}, by llama.cpp", answer_rows(expected, answers, expected.tokenizer, *limits)
     elif options.gguf is not None:
-        export = load_export(options.folder, device, options.gguf)
+        export = load_export(options.folder, device, artefact.origin, options.gguf)
         rows = [template_row(expected, export, prompts), *stop_rows(expected, export)]
         rows += answer_rows(expected, export_answers(export, prompts, expected), export.tokenizer, *limits)
         del export
@@ -134,13 +136,14 @@ def _refuse(options: CheckOptions) -> None:
 
 
 def _adapter_of(folder: Path) -> Path:
-    """The run that an export names.
+    """The run that an export names; an adapter that names none is a run's, or another tool's, and is its own.
 
     Raises:
         UsageError: it names none, or that is gone.
     """
-    named = None
-    for name in (MERGE_REPORT, BASE_HELD):
+    is_adapter = (folder / "adapter_config.json").is_file()
+    named = str(folder) if is_adapter else None
+    for name in (BASE_HELD,) if is_adapter else (MERGE_REPORT,):
         if (folder / name).is_file():
             named = json.loads((folder / name).read_text(encoding="utf-8")).get("adapter")
     if named is None:

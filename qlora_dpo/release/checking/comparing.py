@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_dpo.data.control_tokens import control_tokens
+from qlora_dpo.models.scoring import NOISE_MARGIN
 from qlora_dpo.release.checking.replay import Answer, Expected, Export
 from qlora_dpo.release.gguf.llama_cpp_tokens import differing
 
@@ -115,31 +116,60 @@ def stop_rows(expected: Expected, export: Export) -> list[Row]:
 def answer_rows(
     expected: Expected, answers: Sequence[Answer | Exception], tokenizer: Any, min_same: float, max_difference: float
 ) -> list[Row]:
-    """Prompt ids, first tokens, whole answers, their ends and log-probs."""
+    """Prompt ids, the likeliest tokens in the adapter's answers, and the log-probs of these."""
     pairs = [(one, other) for one, other in zip(expected.answers, answers, strict=True) if isinstance(other, Answer)]
     refusal = next((str(answer) for answer in answers if not isinstance(answer, Answer)), None)
-    count = len(answers)
-    rows = [_prompt_row(expected, pairs, refusal, tokenizer, count)]
-    first = [one.ids[:1] == other.ids[:1] if other.ids else one.text[:1] == other.text[:1] for one, other in pairs]
-    same = [is_same_answer(one, other) for one, other in pairs]
-    ends = [one.ended == other.ended for one, other in pairs]
-    asked = f"at least {min_same:.0%}"
-    named = {
-        "first tokens": (first, "the export begins other answers than the adapter"),
-        "greedy answers": (same, "the export gives other answers than the adapter"),
-        "ends of answers": (ends, "answers of the export run on, or stop short, where the adapter's do not"),
-    }
-    for name, (holds, reason) in named.items():
-        found = sum(holds)
-        rows.append(Row(name, f"{found} of {count} the same", asked, found >= min_same * count, f"{reason}. {_WHY}"))
-    return [*rows, _difference_row(pairs, max_difference)]
+    return [
+        _prompt_row(expected, pairs, refusal, tokenizer, len(answers)),
+        _token_row(expected, pairs, min_same, max_difference),
+        _difference_row(pairs, max(max_difference, NOISE_MARGIN * expected.noise)),
+    ]
 
 
-def is_same_answer(wanted: Answer, found: Answer) -> bool:
-    """The same tokens before the end, or the same text where the other side tells no ids."""
-    if not found.ids and wanted.text:
-        return wanted.text == found.text
-    return _before_end(wanted) == _before_end(found)
+def same_tokens(wanted: Answer, found: Answer, tokenizer: Any) -> list[bool]:
+    """Whether the export goes on as the adapter did, for each token of its answer; of an export that wrote an answer of
+    its own up to where the two part, since what follows is another text."""
+    if found.gaps:
+        return [gap >= 0 for gap in found.gaps]
+    content = wanted.ids[:-1] if wanted.ended else wanted.ids
+    if found.ids or not content:
+        own = found.ids[:-1] if found.ended else found.ids
+        same = next((n for n, ids in enumerate(zip(content, own, strict=False)) if ids[0] != ids[1]), None)
+        same = min(len(content), len(own)) if same is None else same
+        is_over = same == len(content) == len(own)
+    else:
+        texts = [str(tokenizer.decode(content[: n + 1], skip_special_tokens=True)) for n in range(len(content))]
+        starts = [found.text.startswith(text.rstrip("\ufffd").strip()) for text in texts]
+        same = starts.index(False) if False in starts else len(content)
+        is_over = same == len(content) and found.text == wanted.text
+    if is_over and (found.ended or not wanted.ended):
+        return [True] * len(wanted.ids)
+    return [*([True] * same), False][: len(wanted.ids)]
+
+
+def _token_row(expected: Expected, pairs: Sequence[tuple[Answer, Answer]], min_same: float, difference: float) -> Row:
+    """Nothing is asked where the adapter's two likeliest tokens are nearer than rounding or the limit moves them."""
+    nearest = max(expected.gap_noise, 2 * difference)
+    counted, ends = list[bool](), 0
+    left_out = 0
+    for wanted, found in pairs:
+        told = same_tokens(wanted, found, expected.tokenizer)
+        for place, (same, gap) in enumerate(zip(told, wanted.gaps, strict=False)):
+            if gap <= nearest:
+                left_out += 1
+                continue
+            counted.append(same)
+            ends += not same and wanted.ended and place == len(wanted.ids) - 1
+    name, asked = "likeliest tokens", f"at least {min_same:.0%}"
+    near = f" ({left_out} too near to the next left out)" if left_out else ""
+    if not counted:
+        return Row(name, f"none told{near}", asked, None if pairs else False, f"no prompt could be answered. {_COPY}.")
+    reason = f"the export goes on otherwise than the adapter in {counted.count(False)} places"
+    reason += f", in {ends} of them where the adapter ends its answer" if ends else ""
+    return Row(
+        name, f"{sum(counted):,} of {len(counted):,} the same{near}", asked, sum(counted) >= min_same * len(counted),
+        f"{reason}. {_WHY}",
+    )  # fmt: skip
 
 
 def why_other_ids(wanted: Sequence[int], found: Sequence[int], tokenizer: Any, own: Any) -> str:
@@ -179,7 +209,7 @@ def _prompt_row(
 
 
 def _difference_row(pairs: Sequence[tuple[Answer, Answer]], limit: float) -> Row:
-    name, asked = "log-probs", f"mean difference at most {limit:g}"
+    name, asked = "log-probs", f"mean difference at most {limit:.2g}"
     both = [(one.logps, other.logps) for one, other in pairs if other.logps]
     differences = [abs(a - b) for one, other in both for a, b in zip(one, other, strict=True)]
     if not differences:
@@ -189,10 +219,6 @@ def _difference_row(pairs: Sequence[tuple[Answer, Answer]], limit: float) -> Row
         name, f"mean {mean:.2g}, max {max(differences):.2g}", asked, mean <= limit,
         f"the adapter's answers have other log-probs under the export. {_WHY}",
     )  # fmt: skip
-
-
-def _before_end(answer: Answer) -> tuple[int, ...]:
-    return answer.ids[:-1] if answer.ended else answer.ids
 
 
 def _spelled(ids: Sequence[int], tokenizer: Any) -> str:

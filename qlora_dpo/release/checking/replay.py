@@ -1,4 +1,4 @@
-"""Greedy answers and their log-probs: of the trained adapter, and of what was exported by plain transformers."""
+"""The trained adapter's greedy answers, and what an export predicts at each of their tokens by plain transformers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_dpo.data.chat import Chat
 from qlora_dpo.data.preferences import Message
@@ -19,8 +20,9 @@ from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import load_adapter
 from qlora_dpo.release.artefact import Artefact
 from qlora_dpo.release.checking.prompts import training_ids
+from qlora_dpo.training.trained_on import TrainedOn, base_held
 
-BASE_HELD = "base_quantization.json"
+AT_ONCE = 8  # prompts that are answered together
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,13 @@ class Answer:
     """By itself, not by the limit."""
     logps: tuple[float, ...] = ()
     """Of the tokens of the trained adapter's answer."""
+    gaps: tuple[float, ...] = ()
+    """How much likelier each of these is than the likeliest other token, in nats; below 0 where that is likelier."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The trained adapter: its tokenizer, its answers, and what ended them."""
+    """The trained adapter: its tokenizer, its answers, what ended them, and how far rounding moves them."""
 
     tokenizer: Any
     answers: list[Answer]
@@ -47,6 +51,10 @@ class Expected:
     rows: int
     """Of the embeddings."""
     max_new_tokens: int
+    noise: float
+    """Mean |difference| of an answer's log-probs between writing it token by token and reading it at once."""
+    gap_noise: float
+    """The largest difference of a gap between the two."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +82,47 @@ def expected_answers(
     base.generation_config = GenerationConfig()  # nothing but the weights decides
     model = load_adapter(base, artefact.adapter, trainable=False).eval()
     chat = Chat(tokenizer)
-    answers = []
-    for messages in prompts:
-        prompt_ids = tuple(training_ids(chat, messages))
-        (written,) = complete(
-            model, tokenizer, [prompt_ids], [0], max_new_tokens=max_new_tokens, end_token_ids=[chat.form.end_id],
-            temperature=0.0,
+    ids = [tuple(training_ids(chat, messages)) for messages in prompts]
+    answers: list[Answer] = []
+    differences: list[Tensor] = []
+    for start in range(0, len(ids), AT_ONCE):
+        batch = ids[start : start + AT_ONCE]
+        seen = _Seen()
+        found = complete(
+            model, tokenizer, batch, [0] * len(batch), max_new_tokens=max_new_tokens, end_token_ids=[chat.form.end_id],
+            temperature=0.0, look=seen,
         )  # fmt: skip
-        logps = answer_logps(model, prompt_ids, written.ids)
-        answers.append(Answer(prompt_ids, written.ids, written.text, written.finish_reason == "stop", logps))
+        for row, (prompt_ids, written) in enumerate(zip(batch, found, strict=True)):
+            read = read_answer(model, prompt_ids, written.ids)
+            differences.append(seen.of(row, len(written.ids)) - torch.tensor(read))
+            answers.append(Answer(prompt_ids, written.ids, written.text, written.finish_reason == "stop", *read))
     rows = len(base.get_input_embeddings().weight)
     del model, base
     free_memory()
-    return Expected(tokenizer, answers, chat.form.end_id, rows, max_new_tokens)
+    logps, gaps = torch.cat(differences, dim=1).abs()
+    noise, gap_noise = float(logps.mean()), float(gaps.max())
+    return Expected(tokenizer, answers, chat.form.end_id, rows, max_new_tokens, noise, gap_noise)
 
 
-def load_export(folder: Path, device: torch.device, gguf: Path | None = None) -> Export:
-    """Load a merged folder, an adapter folder or a GGUF file as any program of transformers and PEFT would.
+class _Seen:
+    """Looks on while answers are written: at each step the log-prob of the likeliest token, and its gap."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, _ids: Tensor, logits: Tensor) -> Tensor:
+        first, second = logits.float().log_softmax(-1).topk(2).values.unbind(-1)
+        self._steps.append(torch.stack([first, first - second]).cpu())
+        return logits
+
+    def of(self, row: int, length: int) -> Tensor:
+        """[2, length]: log-probs and gaps of an answer."""
+        return torch.stack(self._steps[:length], dim=-1)[:, row]
+
+
+def load_export(folder: Path, device: torch.device, origin: TrainedOn, gguf: Path | None = None) -> Export:
+    """Load a merged folder, an adapter folder or a GGUF file as any program of transformers and PEFT would; an adapter
+    that does not say how its base was held on `origin`.
 
     Raises:
         ModelError: they cannot.
@@ -109,8 +141,8 @@ def load_export(folder: Path, device: torch.device, gguf: Path | None = None) ->
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         else:
-            load = _on_its_base if is_adapter else _whole
-            model, tokenizer = load(folder, device), AutoTokenizer.from_pretrained(folder)
+            model = _on_its_base(folder, device, origin) if is_adapter else _whole(folder, device)
+            tokenizer = AutoTokenizer.from_pretrained(folder if _has_tokenizer(folder) else origin.base)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{named}: plain transformers cannot load it ({reason}). Export it anew.") from error
@@ -127,18 +159,14 @@ def load_export(folder: Path, device: torch.device, gguf: Path | None = None) ->
 def export_answers(
     export: Export, prompts: Sequence[Sequence[Message]], expected: Expected
 ) -> list[Answer | Exception]:
-    """What the export makes of the prompts, rendered by its own template; the exception where that refuses one."""
+    """What the export predicts in the adapter's answers, behind prompts that its own template renders; the exception
+    where that refuses one."""
     return [
-        _export_answer(export, messages, answer, expected)
-        for messages, answer in zip(prompts, expected.answers, strict=True)
+        _export_answer(export, messages, answer) for messages, answer in zip(prompts, expected.answers, strict=True)
     ]
 
 
-def _export_answer(
-    export: Export, messages: Sequence[Message], wanted: Answer, expected: Expected
-) -> Answer | Exception:
-    from transformers import GenerationConfig
-
+def _export_answer(export: Export, messages: Sequence[Message], wanted: Answer) -> Answer | Exception:
     try:
         ids = export.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     except Exception as error:  # no template, or one that raises what it likes
@@ -146,29 +174,20 @@ def _export_answer(
     prompt_ids = tuple(ids["input_ids"])
     if max(prompt_ids) >= export.rows:
         return ValueError(f"it makes token {max(prompt_ids)}, and the embeddings have {export.rows} rows")
-    inputs = torch.tensor([prompt_ids], device=export.model.device)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=expected.max_new_tokens, eos_token_id=list(export.stop_ids) or None,
-        pad_token_id=export.stop_ids[0] if export.stop_ids else 0,
-    )  # fmt: skip
-    with torch.no_grad():
-        written = export.model.generate(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings
-        )
-    answer = tuple(written[0, len(prompt_ids) :].tolist())
-    text = export.tokenizer.decode(answer, skip_special_tokens=True).strip()
     known = max(wanted.ids, default=0) < export.rows
-    logps = answer_logps(export.model, prompt_ids, wanted.ids) if known else ()
-    return Answer(prompt_ids, answer, text, answer[-1:] != () and answer[-1] in export.stop_ids, logps)
+    read = read_answer(export.model, prompt_ids, wanted.ids) if known else ((), ())
+    return Answer(prompt_ids, (), "", False, *read)
 
 
-def answer_logps(model: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[float, ...]:
-    """Log-probs of an answer's tokens, from the model's own logits."""
+def read_answer(model: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    """Log-probs of an answer's tokens and their gaps, from the model's own logits."""
     row = torch.tensor([[*prompt_ids, *ids]], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=row, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
-    logps = logits.float().log_softmax(-1).gather(1, row[0, len(prompt_ids) :, None])[:, 0]
-    return tuple(logps.tolist())
+    logps, given = logits.float().log_softmax(-1), row[0, len(prompt_ids) :, None]
+    own = logps.gather(1, given)[:, 0]
+    others = logps.scatter(1, given, -torch.inf).amax(-1)
+    return tuple(own.tolist()), tuple((own - others).tolist())
 
 
 def free_memory() -> None:
@@ -186,18 +205,18 @@ def _whole(folder: Path, device: torch.device) -> Any:
     )
 
 
-def _on_its_base(folder: Path, device: torch.device) -> Any:
-    """The adapter as its config says, on a base held as the export notes."""
+def _on_its_base(folder: Path, device: torch.device, origin: TrainedOn) -> Any:
+    """The adapter as its config says, on a base held as the export notes, else as `origin` says."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    held = json.loads((folder / BASE_HELD).read_text(encoding="utf-8")) if (folder / BASE_HELD).is_file() else {}
-    quantization = held.get("quantization")
+    quantization, dtype = base_held(folder) or (origin.quantization, origin.dtype)
+    is_same_base = config.get("base_model_name_or_path") in (None, origin.base)
     base = AutoModelForCausalLM.from_pretrained(
-        config["base_model_name_or_path"],
-        revision=config.get("revision"),
-        dtype=getattr(torch, held.get("dtype", "bfloat16")),
+        origin.base if is_same_base else config["base_model_name_or_path"],
+        revision=origin.revision if is_same_base else config.get("revision"),
+        dtype=dtype,
         quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
         use_safetensors=True,
         device_map={"": device},
@@ -218,6 +237,11 @@ def refuse_missing(folder: Path) -> None:
             f"{folder} holds neither config.json nor adapter_config.json, so it is no export. Name a folder that "
             "`merge` or `release adapter` wrote."
         )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """A merged folder without one is wrong; of another tool's adapter the base's is meant."""
+    return (folder / "tokenizer_config.json").is_file() or (folder / "config.json").is_file()
 
 
 def _known(*ids: int | None) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class BaseWeights:
         device: torch.device,
     ) -> None:  # fmt: skip
         self.folder, self.config, self.dtype, self.device = folder, config, dtype, device
-        self._files = _files_of_tensors(folder)
+        self._files = files_of_tensors(folder)
         self.model = _plain_model(config)
         """The model without weights, in float32."""
         self.dtypes = dtypes_of(config, dtype)
@@ -262,8 +262,12 @@ def _companions(names: Collection[str], quantizer: Any) -> dict[str, list[str]]:
     return dict(found)
 
 
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, in the order in which they are stored."""
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """The file of each tensor, in the order in which they are stored.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
     files: dict[str, Path] = {}
     for path in weight_files(folder):
         try:

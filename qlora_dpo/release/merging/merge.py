@@ -21,7 +21,7 @@ import torch
 from qlora_dpo.config.release import MergeOptions
 from qlora_dpo.errors import ModelError, UsageError
 from qlora_dpo.models.loading import choose_device
-from qlora_dpo.release.artefact import Artefact, open_artefact, refuse_used
+from qlora_dpo.release.artefact import Artefact, open_artefact, refuse_used, say_what_is_assumed
 from qlora_dpo.release.cards.card import write_card
 from qlora_dpo.release.fidelity.measuring import measure
 from qlora_dpo.release.fidelity.table import Measured, best, table, update_summary
@@ -44,7 +44,7 @@ def merge(options: MergeOptions) -> None:
     _refuse_unmeasured_choice(options)
     refuse_used(options.output)
     artefact = open_artefact(options.adapter, base_model=options.base_model, allow_unfinished=options.allow_unfinished)
-    _say_what_is_assumed(artefact)
+    say_what_is_assumed(artefact)
     device = choose_device(options.use_cpu)
     prepared = prepare_merge(artefact, device)
     recipes = recipes_of(prepared, options.base, options.dtype)
@@ -75,12 +75,7 @@ def recipes_of(prepared: Merge, base: str, dtype: str) -> list[Recipe]:
             f"--base original: {prepared.artefact.origin.base} comes quantized, so there is no 16-bit base here. Use "
             "--base train."
         )
-    if base != "auto":
-        bases: Sequence[Any] = [base]
-    elif prepared.base.comes_quantized or prepared.base.is_held_as_stored:
-        bases = ["train"]
-    else:
-        bases = ["original"] if prepared.base.lost_parts else ["train", "original"]
+    bases: Sequence[Any] = prepared.bases if base == "auto" else [base]
     if "train" in bases:
         prepared.base.check_holdable()
     own = prepared.base.half_type
@@ -180,13 +175,6 @@ def _refuse_unmeasured_choice(options: MergeOptions) -> None:
         raise UsageError(
             "--measure false leaves nothing to choose by: name --base train or original, and --dtype bfloat16, float16 "
             "or float32."
-        )
-
-
-def _say_what_is_assumed(artefact: Artefact) -> None:
-    if not artefact.origin.is_known:
-        print(
-            "No config.yaml beside the adapter: taking NF4 with double quantization and bfloat16 as its training base."
         )
 
 

@@ -24,6 +24,7 @@ from qlora_dpo.release.merging.adapter_updates import AdapterUpdates
 from qlora_dpo.release.merging.base_weights import SHOWN, BaseWeights, Stored, dtypes_of
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+Base = Literal["train", "original"]
 _PART = 2**22  # numbers that are compared at a time
 _BESIDES = 64 * 2**20  # bytes for the tokenizer and other small files
 
@@ -36,7 +37,7 @@ class OutOfRange(ModelError):
 class Recipe:
     """One way to merge: into which base, stored in which type."""
 
-    base: Literal["train", "original"]
+    base: Base
     dtype: torch.dtype
 
     @property
@@ -82,6 +83,13 @@ class Merge:
     outputs: tuple[Output, ...]
     is_untied: bool
     """The two embeddings, tied in the base's config, differ: by the adapter, or already in its files."""
+
+    @property
+    def bases(self) -> tuple[Base, ...]:
+        """Those that there are and that differ."""
+        if self.base.comes_quantized or self.base.is_held_as_stored:
+            return ("train",)
+        return ("original",) if self.base.lost_parts else ("train", "original")
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of the merged folder."""
@@ -182,12 +190,17 @@ def write_merged(merge: Merge, recipe: Recipe, folder: Path, max_shard_size: int
 
 def _stored(merge: Merge, recipe: Recipe, output: Output, dtype: torch.dtype) -> tuple[Tensor, list[LayerUpdate]]:
     """One tensor as it is written, and what the adapter did to it, if anything."""
-    weight = merge.base.held(output.source) if recipe.base == "train" else merge.base.original(output.source)
-    if output.parameter not in merge.updates.changed:
-        return _rounded(output.name, weight, dtype), []
-    merged = merge.updates.merged(output.parameter, weight)
+    weight, merged = merged_tensor(merge, recipe, output)
     stored = _rounded(output.name, merged, dtype)
-    return stored, [_measured(output.parameter, weight, merged, stored)]
+    is_changed = output.parameter in merge.updates.changed
+    return stored, [_measured(output.parameter, weight, merged, stored)] if is_changed else []
+
+
+def merged_tensor(merge: Merge, recipe: Recipe, output: Output) -> tuple[Tensor, Tensor]:
+    """(the base's, the merged one), in float32."""
+    weight = merge.base.held(output.source) if recipe.base == "train" else merge.base.original(output.source)
+    is_changed = output.parameter in merge.updates.changed
+    return weight, merge.updates.merged(output.parameter, weight) if is_changed else weight
 
 
 def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

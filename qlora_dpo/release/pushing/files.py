@@ -14,7 +14,6 @@ from typing import Any
 from qlora_dpo.errors import ModelError, StorageError
 from qlora_dpo.release.cards.records import (
     ADAPTER_CONFIG,
-    BASE_HELD,
     CHECK_REPORT,
     GGUF_REPORT,
     MERGE_REPORT,
@@ -23,6 +22,7 @@ from qlora_dpo.release.cards.records import (
     Kind,
 )
 from qlora_dpo.training.folder.run_folder import CARD, CURVES
+from qlora_dpo.training.trained_on import BASE_HELD
 
 LARGEST_TEXT = 64 << 20
 _TOKENIZER = (
