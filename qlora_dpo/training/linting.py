@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from qlora_dpo.data.linting.lint import LINT_VERSION, lint_pairs, tokenized_sour
 from qlora_dpo.data.linting.report import LintReport
 from qlora_dpo.data.linting.tokens import facts_of
 from qlora_dpo.errors import DataError
-from qlora_dpo.training.data import TrainingData
 from qlora_dpo.training.folder.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from qlora_dpo.training.data import TrainingData
 
 SHOWN = 3
 _KEPT_ROWS = 20  # of each rule

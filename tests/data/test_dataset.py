@@ -241,6 +241,14 @@ def test_the_format_shows_after_bad_rows(load: Load, write_jsonl: Callable[..., 
     assert (report.dataset_format, report.rows_read, report.pairs) == ("plaintext", 8, 5)
 
 
+def test_messages_that_cannot_be_read_do_not_hide_the_format(load: Load, write_jsonl: Callable[..., str]) -> None:
+    torn = GOOD[0] | {"chosen": "[{'role': 'user', 'conte"}
+    report = load(write_jsonl([torn, *GOOD]), bad_rows="skip").report
+    assert (report.dataset_format, report.pairs) == ("plaintext", len(GOOD))
+    with pytest.raises(UsageError, match=r"cannot tell the format of the data by .*:1: chosen: begins as messages"):
+        load(write_jsonl([torn]))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lint_rows import good_rows, lint_texts
+from lint_rows import good_rows, lint_texts, lint_tokens
 
 from qlora_dpo.data.linting.texts import TEXT_RULES, find_marks
 from qlora_dpo.data.preferences import Message, PreferencePair
@@ -123,7 +123,7 @@ def test_answers_that_end_within_a_thought_are_found(answer: str, is_open: bool)
     ("change", "rule", "blocks_from"),
     [
         (lambda text: {"prompt": f"Human: {text}\nAssistant:"}, "dialogue_in_prompt", 2),
-        (lambda text: {"chosen": repr([{"role": "assistant", "content": text}])}, "messages_as_text", 2),
+        (lambda text: {"chosen": f"{{'role': 'assistant', 'content': {text}}}"}, "messages_as_text", 2),
         (lambda text: {"chosen": f"<think>{text}"}, "open_thought", 2),
         (lambda text: {key: f"{text} {key}" for key in ("chosen", "rejected")}, "answer_repeats_prompt", 51),
     ],
@@ -136,3 +136,15 @@ def test_a_share_of_such_rows_blocks(
         changed = [each | change(each["prompt"]) for each in rows[-number:]]
         report = lint_texts(write_jsonl([*rows[:-number], *changed]))
         assert (report.counts[rule], report.blocking()) == (number, [rule] if blocks else []), report.lines(2)
+
+
+def test_columns_that_nothing_reads_are_named(write_jsonl: Callable[..., str], chatml: Any) -> None:
+    rows = good_rows(5)
+    rows[3] |= {"score": 0.5, "source": "web"}
+    path = write_jsonl(rows)
+    for report in (lint_texts(path), lint_tokens(chatml, path)):
+        assert [str(finding) for finding in report.rows["unread_columns"]] == [
+            f"{path}: unread_columns: not read: score, source"
+        ]
+        assert not report.blocking()
+    assert not lint_texts(write_jsonl(good_rows(5))).counts

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import orjson
 
-from qlora_dpo.data.preferences import UNREAD, RefusedRow
+from qlora_dpo.data.preferences import UNREAD, RefusedRow, RowError
 from qlora_dpo.errors import DataError, StorageError, UsageError
 
 _CHUNK = 1 << 20  # bytes
@@ -66,6 +66,10 @@ def settled_format(rows: Rows, detect: Callable[[dict[str, Any]], str | None]) -
             found = detect(row.values) if isinstance(row, Row) else None
         except UsageError as error:
             errors.append(error)
+            continue
+        except RowError as error:
+            refused = error.refused(row.origin)
+            errors.append(UsageError(f"cannot tell the format of the data by {refused}. Repair the row first."))
             continue
         if found is not None:
             return found, chain(head, rows)

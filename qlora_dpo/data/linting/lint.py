@@ -17,7 +17,7 @@ from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.linting.duplicates import BYTES, TOKENS, Signer
 from qlora_dpo.data.linting.findings import Finding, Rule
 from qlora_dpo.data.linting.report import LintReport
-from qlora_dpo.data.linting.rows import BadRows, refused_rows
+from qlora_dpo.data.linting.rows import BadRows, refused_rows, unread_columns
 from qlora_dpo.data.linting.sets import SET_RULES, PairSketch, Sketcher, both_answers
 from qlora_dpo.data.linting.texts import TEXT_RULES, Marks, find_marks
 from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES, SAMPLED, IdBatch, TokenFacts
@@ -42,6 +42,9 @@ class LintSource:
     batches: list[IdBatch]
     texts: Iterable[PreferencePair | RefusedRow]
     refused: Sequence[RefusedRow] = ()
+    unread_columns: Sequence[str] = ()
+    """Columns that its rows have and nobody reads."""
+    name: str = ""
     pairs: PairDataset | None = None
     """The same as token ids, where there is a tokenizer."""
 
@@ -49,7 +52,10 @@ class LintSource:
 def tokenized_source(dataset: PairDataset) -> LintSource:
     """The pairs of a tokenized source."""
     batches = list(dataset.id_batches())
-    return LintSource(dataset.origins(), batches, dataset.texts, dataset.report.refused, dataset)
+    report = dataset.report
+    return LintSource(
+        dataset.origins(), batches, dataset.texts, report.refused, report.unread_columns, report.source, dataset
+    )
 
 
 def text_source(reader: PairReader) -> LintSource:
@@ -66,7 +72,7 @@ def text_source(reader: PairReader) -> LintSource:
         columns = (prompts, [pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
         prompt, chosen, rejected = (Ragged.of(_bytes(text) for text in column) for column in columns)
         batches.append((prompt, chosen, rejected))
-    return LintSource(origins, batches, reader, refused)
+    return LintSource(origins, batches, reader, refused, reader.unread.names, reader.source.name)
 
 
 def _bytes(text: str) -> NDArray[np.uint8]:
@@ -91,6 +97,8 @@ def lint_pairs(
     job = _Linting(sources, train, held_out, facts)
     for source in sources:
         job.report.add(refused_rows(source.refused, bad_rows))
+        if bad_rows != "known":
+            job.report.add(unread_columns(source.name, source.unread_columns))
     job.check_texts()
     job.check_ids()
     return job.report

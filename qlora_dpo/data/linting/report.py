@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from qlora_dpo.data.linting.findings import Finding, Rule
-from qlora_dpo.data.linting.rows import REFUSED_RULES
+from qlora_dpo.data.linting.rows import COLUMN_RULES, REFUSED_RULES
 from qlora_dpo.data.linting.sets import SET_RULES
 from qlora_dpo.data.linting.texts import TEXT_RULES
 from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES
@@ -19,7 +19,8 @@ NO_TOKENIZER = "no tokenizer was named, so the rules about tokens were left out:
 _TOKEN_RULES = (*(rule.name for rule in BATCH_RULES), *(rule.name for rule in SAMPLE_RULES))
 
 RULES: dict[str, Rule[Any]] = {
-    rule.name: rule for rule in chain[Rule[Any]](REFUSED_RULES, TEXT_RULES, BATCH_RULES, SAMPLE_RULES, SET_RULES)
+    rule.name: rule
+    for rule in chain[Rule[Any]](REFUSED_RULES, COLUMN_RULES, TEXT_RULES, BATCH_RULES, SAMPLE_RULES, SET_RULES)
 }
 
 

@@ -1,8 +1,8 @@
-"""Rules about rows that are no pairs, by the reason for which they were refused."""
+"""Rules about what is not read: rows that are no pairs, by the reason for which they were refused, and columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from qlora_dpo.data.linting.findings import Finding, Rule
@@ -13,6 +13,7 @@ BadRows = Literal["fail", "skip", "known"]
 """Refused rows are errors, or warnings, or were reported before and are not repeated."""
 
 RefusedCheck = Callable[[RefusedRow], bool]
+ColumnCheck = Callable[[Sequence[str]], bool]
 
 EQUAL_AFTER_CUT, NO_PREFERENCE, SKIPPED = "equal_after_cut", "no_preference", "skipped_row"
 
@@ -61,6 +62,23 @@ REFUSED_RULES: tuple[Rule[RefusedCheck], ...] = (
         lambda row: False,
     ),
 )
+
+COLUMN_RULES: tuple[Rule[ColumnCheck], ...] = (
+    Rule(
+        "unread_columns",
+        "warning",
+        "columns that nothing reads",
+        "Nothing to do where they hold nothing to train on; else give them a name that the format knows.",
+        bool,
+    ),
+)
+
+
+def unread_columns(source: str, columns: Sequence[str]) -> Iterator[Finding]:
+    """What there is to say about the columns of a source that nothing reads."""
+    for rule in COLUMN_RULES:
+        if rule.check(columns):
+            yield Finding(source, rule.name, f"not read: {', '.join(columns)}")
 
 
 def refused_rows(rows: Iterable[RefusedRow], bad_rows: BadRows) -> Iterator[Finding]:
