@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -106,7 +105,7 @@ def test_near_duplicates_are_those_of_exact_comparison() -> None:
 
 def test_huge_answers_take_seconds(write_jsonl: Callable[..., str]) -> None:
     draw = random.Random(0)
-    huge = ["".join(draw.choices(ascii_letters, k=3_000_000)) for _ in range(2)]
+    huge = [draw.randbytes(1_500_000).hex() for _ in range(2)]
     rows = [row(number) for number in range(30)]  # more than are compared without a look at what they have in common
     path = write_jsonl([*rows, {"prompt": "Go on", "chosen": huge[0], "rejected": huge[1]}])
     before = time.process_time()
