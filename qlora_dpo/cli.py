@@ -15,6 +15,7 @@ from qlora_dpo.config.data import (
     MixOptions,
     PairFileOptions,
     TokenOptions,
+    UnpairedOptions,
 )
 from qlora_dpo.config.labeling import (
     EndpointOptions,
@@ -96,6 +97,12 @@ COMMANDS = {
         "Write pairs in another format and kind of file.",
         (PairFileOptions, ConvertOptions),
         "qlora_dpo.data.convert:convert",
+        positional=("file",),
+    ),
+    "data pair": Command(
+        "Make pairs of single answers with labels (KTO) or ratings, of the rows that share a prompt.",
+        (UnpairedOptions,),
+        "qlora_dpo.data.unpaired:pair",
         positional=("file",),
     ),
     "data mix": Command(

@@ -57,6 +57,36 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class UnpairedOptions:
+    """Pair: single answers with labels or ratings, and where their pairs are written."""
+
+    file: str
+    """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
+    modelscope:ORG/NAME. Its rows have any format of SFT data, with a label (true: good) or a rating beside it."""
+    output: Path
+    """File for the pairs: .jsonl, .json (also .gz) or .parquet; their format is messages."""
+    rating_key: str | None = None
+    """Column of the label or the rating. Default: label, kto_tag, rating, score, helpfulness, reward or
+    overall_score, whichever is there."""
+    dataset_format: str = "auto"
+    """Format to read (of SFT data); auto looks at the columns."""
+    split: str | None = None
+    """Split of a folder or Hub dataset. Default: train, or the only one there is."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub dataset."""
+    dataset_config: str | None = None
+    """Config of a Hub dataset that has several; as good as ID:CONFIG."""
+    messages_key: str = "messages"
+    """Column of a whole conversation (messages)."""
+    prompt_key: str = "prompt"
+    """Column of the prompt (plaintext)."""
+    response_key: str = "response"
+    """Column of the answer (plaintext)."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What to do with rows that cannot be read: list them and stop, or count them and pair the rest."""
+
+
+@dataclass(frozen=True)
 class MixOptions:
     """Mix: sources of pairs, or their categories, at rates."""
 

@@ -13,9 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 from qlora_dpo.data.columns import add_content, category_of, without
+from qlora_dpo.data.conversation_layouts import LAYOUTS, ConversationLayout
 from qlora_dpo.data.messages import is_silent, messages_of, with_saved_messages
 from qlora_dpo.data.preferences import Message, RowError
-from qlora_dpo.data.values import Values, all_text, kind, text_of, value_of
+from qlora_dpo.data.unclear import LABELS, is_labelled, unclear
+from qlora_dpo.data.values import Values, all_text, text_of, value_of
 from qlora_dpo.errors import UsageError
 
 AFTER_THE_LAST_ANSWER = "messages after the last answer, which nothing is learned from, left out"
@@ -94,6 +96,7 @@ def conversation_columns_read(name: str, names: ConversationColumns) -> frozense
     """
     forms = CONVERSATION_FORMATS.values() if name == "auto" else [CONVERSATION_FORMATS[name]]
     read = {column for form in forms for column in form.reads(names)}
+    read |= set(LABELS) if name == "auto" else set()  # which tell that rows are none of SFT
     return frozenset(read | {names.category}) - {"", *names.ignore_columns}
 
 
@@ -105,15 +108,28 @@ def detect_conversation_format(values: Values, names: ConversationColumns | None
     """
     names = names or ConversationColumns()
     values = with_saved_messages(without(values, names.ignore_columns), values)
-    fitting = [name for name, form in CONVERSATION_FORMATS.items() if form.matches(values, names)]
+    fitting = fitting_formats(values, names)
+    if fitting and is_labelled(values):
+        raise UsageError(
+            "each row is one answer with a label, good or bad: SFT would learn the bad ones, too. Keep the rows with "
+            "good answers, or make pairs for DPO of them with `data pair`."
+        )
     if len(fitting) == 1:
         return fitting[0]
-    found = ", ".join(f"{column} ({kind(value)})" for column, value in values.items()) or "none"
-    known = "; ".join(f"{name}: {form.columns}" for name, form in CONVERSATION_FORMATS.items())
-    raise UsageError(
-        f"cannot tell the format of the data: its columns are {found}. Known formats for SFT: {known}. "
-        "Name one with --dataset_format, or the columns with --messages_key, --prompt_key and --response_key."
-    )
+    if names.prompt in values and "chosen" in values and "rejected" in values:
+        raise UsageError("the rows are pairs (chosen, rejected): train on them with --objective dpo.")
+    forms = {
+        name: (form.columns, LAYOUTS[name].needs if name in LAYOUTS else form.reads(names))
+        for name, form in CONVERSATION_FORMATS.items()
+    }
+    flags = {names.messages: "--messages_key", names.prompt: "--prompt_key", names.response: "--response_key"}
+    raise unclear(values, forms, fitting, flags)
+
+
+def fitting_formats(values: Values, names: ConversationColumns) -> list[str]:
+    """The formats that a row has by its columns; those of `LAYOUTS` where the usual names are not there."""
+    usual = [name for name, form in CONVERSATION_FORMATS.items() if name not in LAYOUTS and form.matches(values, names)]
+    return usual or [name for name, layout in LAYOUTS.items() if layout.matches(values)]
 
 
 def check_conversation_format(name: str) -> None:
@@ -131,8 +147,12 @@ def check_conversation_format(name: str) -> None:
 
 
 def _parse_messages(values: Values, names: ConversationColumns) -> ParsedConversation:
-    column, value = names.messages, value_of(values, names.messages)
-    messages = messages_of(column, value, may_end_empty=True)
+    return _of_messages(
+        names.messages, messages_of(names.messages, value_of(values, names.messages), may_end_empty=True)
+    )
+
+
+def _of_messages(column: str, messages: list[Message]) -> ParsedConversation:
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError(column, "no message is the assistant's, so there is nothing to learn")
@@ -152,6 +172,15 @@ def _parse_plaintext(values: Values, names: ConversationColumns) -> ParsedConver
     )
 
 
+def _format_of(layout: ConversationLayout) -> ConversationFormat:
+    return ConversationFormat(
+        layout.columns,
+        lambda values, _names: layout.matches(values),
+        lambda values, _names: _of_messages(layout.needs[0], layout.read(values)),
+        lambda _names: (*layout.needs, *layout.also),
+    )
+
+
 CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
     "messages": ConversationFormat(
         "messages (a list of messages with role and content, or from and value)",
@@ -165,4 +194,5 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
         _parse_plaintext,
         lambda names: (names.prompt, names.response),
     ),
+    **{name: _format_of(layout) for name, layout in LAYOUTS.items()},
 }

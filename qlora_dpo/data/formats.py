@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from qlora_dpo.data.columns import add_content, category_of, without
+from qlora_dpo.data.conversations import CONVERSATION_FORMATS, ConversationColumns, fitting_formats
 from qlora_dpo.data.messages import is_silent, with_saved_messages
 from qlora_dpo.data.pair_formats import (
     alpaca,
@@ -27,7 +28,9 @@ from qlora_dpo.data.pair_formats import (
     sharegpt,
     votes,
 )
+from qlora_dpo.data.pair_formats.layout import Layout
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.unclear import LABELS, RATINGS, unclear
 from qlora_dpo.data.values import Values, kind, shown
 from qlora_dpo.errors import UsageError
 
@@ -166,12 +169,36 @@ def detect_format(values: Values, names: ColumnNames | None = None) -> str:
     fitting = [name for name, form in FORMATS.items() if form.matches(values, names)]
     if len(fitting) == 1:
         return fitting[0]
-    found = ", ".join(f"{column} ({kind(value)})" for column, value in values.items()) or "none"
-    known = "; ".join(f"{name}: {form.COLUMNS}" for name, form in FORMATS.items())
-    raise UsageError(
-        f"cannot tell the format of the data: its columns are {found}. Known formats: {known}. "
-        "Name one with --dataset_format, or the columns with --prompt_key, --chosen_key and --rejected_key."
-    )
+    if not fitting and names.chosen not in values and names.rejected not in values:
+        _refuse_single_answers(values)
+    forms = {
+        name: (form.COLUMNS, form.needs if isinstance(form, Layout) else form.reads(names))
+        for name, form in FORMATS.items()
+        if not (isinstance(form, Layout) and form.is_variant)
+    }
+    flags = {names.prompt: "--prompt_key", names.chosen: "--chosen_key", names.rejected: "--rejected_key"}
+    raise unclear(values, forms, fitting, flags)
+
+
+def _refuse_single_answers(values: Values) -> None:
+    """Say of rows with one answer each what to do with them.
+
+    Raises:
+        UsageError: when the row is one.
+    """
+    names = fitting_formats(values, ConversationColumns())
+    if names and any(column in values for column in (*LABELS, *RATINGS)):
+        raise UsageError(
+            f"each row is one answer with a label or a rating (its columns are {', '.join(values)}), and DPO needs "
+            "pairs of answers to one prompt. `data pair FILE --output pairs.jsonl` makes pairs of the rows that share "
+            "a prompt."
+        )
+    if names:
+        raise UsageError(
+            f"each row is a conversation with one answer ({names[0]}: {CONVERSATION_FORMATS[names[0]].columns}), and "
+            "DPO needs two answers to a prompt. Train on it with --objective sft, or let `generate` and a labeller "
+            "make pairs of the prompts."
+        )
 
 
 def check_format(name: str, flag: str = "dataset_format") -> None:

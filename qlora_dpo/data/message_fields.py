@@ -34,7 +34,9 @@ def other_fields(field: str, item: Mapping[str, Any], keys: tuple[str, str], rol
     """
     more: dict[str, Any] = {}
     for key, value in item.items():
-        if key in keys or is_empty(value):
+        if key == "weight" and role == "assistant" and value == 0:
+            raise RowError(f"{field}.weight", "answers that are not to be learned are not supported (it is 0)")
+        if key in (*keys, "weight") or is_empty(value):
             continue
         name, read = _KEYS.get(key, (key, None))
         if read is None or (role != "assistant" and name in _OF_THE_ASSISTANT):

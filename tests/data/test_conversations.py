@@ -102,7 +102,7 @@ def test_messages_after_the_last_answer_are_a_counted_repair() -> None:
 
 
 def test_unknown_forms_name_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"columns are text \(text\).*messages: .*--response_key"):
+    with pytest.raises(UsageError, match=r"columns are text \(text\).*--response_key"):
         detect_conversation_format({"text": "x"})
     with pytest.raises(UsageError, match=r"Did you mean messages"):
         check_conversation_format("message")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dpo.data.formats import FORMATS, ColumnNames, detect_format, parse_row
+from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
 from qlora_dpo.data.pair_formats.hh_rlhf import JOINED_TURNS
 from qlora_dpo.data.preferences import PreferencePair, RowError
 from qlora_dpo.errors import UsageError
@@ -221,18 +221,29 @@ def test_the_format_is_known_by_the_columns(values: dict[str, Any], name: str) -
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "words"),
     [
-        {},
-        {"question": "q", "answer": "a"},
-        {"chosen": "a", "rejected": "b"},
-        {"prompt": "q", "chosen": dialogue("H:q", "A:x"), "rejected": dialogue("H:q", "A:y")},
-        {"instruction": "q", "chosen": dialogue("H:q", "A:x"), "rejected": dialogue("H:q", "A:y")},
-        {"context": [USER], "conversations": TURNS, "chosen": message("a"), "rejected": message("b")},
+        ({}, r"columns are none\. No format has one of these; docs/data.md lists .* --prompt_key and --chosen_key"),
+        ({"text": "a"}, "No format has one of these"),
+        (
+            {"prompt": "q", "chosen": "a", "rejectd": "b"},
+            r"nearest format is plaintext, .*missing: rejected\. .*--rejected_",
+        ),
+        ({"prompt": "q", "chosen": 1, "rejected": "b"}, r"nearest format is plaintext, .*is of another kind\.$"),
+        (
+            {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 1},
+            r"nearest format is pku-saferlhf, .*missing: better_response_id\.$",
+        ),
+        ({"conversation_a": [], "conversation_b": []}, r"nearest format is arena, .*missing: winner\.$"),
     ],
 )
-def test_an_unclear_format_lists_columns_and_formats(values: dict[str, Any]) -> None:
-    with pytest.raises(UsageError) as error:
+def test_an_unclear_format_names_the_nearest_and_what_is_missing(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as error:
         detect_format(values)
-    for expected in [*values, *FORMATS, "--dataset_format"]:
-        assert expected in str(error.value)
+    assert "--dataset_format" not in str(error.value) and all(column in str(error.value) for column in values)
+
+
+def test_columns_that_fit_two_formats_are_for_the_user_to_tell() -> None:
+    values = {"context": [USER], "conversations": TURNS, "chosen": message("a"), "rejected": message("b")}
+    with pytest.raises(UsageError, match="fit opendpo and sharegpt: name one of these with --dataset_format"):
+        detect_format(values)
