@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NEVER = re.compile(r"(?!)")
+_WINDOW = 80  # characters: more than a token has, and than what pre-tokenizers look at
 
 
 class ControlTokenEncoder:
@@ -38,6 +39,7 @@ class ControlTokenEncoder:
         self._markers = {text: f"{nonce}m{number}m" for number, text in enumerate(texts)}
         self._stand_ins = {text: f"<{nonce}s{number}>" for number, text in enumerate(texts)}
         self._marker_pattern = re.compile(f"{nonce}m([0-9]+)m")
+        self._stand_in_pattern = re.compile(f"<{nonce}s([0-9]+)>")
         self._texts = texts
         self._backend = _copy_backend(tokenizer)
         self._backend.encode_special_tokens = True
@@ -50,6 +52,8 @@ class ControlTokenEncoder:
         stand_in_ids = [self._backend.token_to_id(text) for text in self._stand_ins.values()]
         self._real_ids: dict[int, int] = dict(zip(stand_in_ids, specials, strict=True))
         self._first_stand_in = min(stand_in_ids, default=0)
+        # Behind any stand-in a text is encoded as within a text, without what some tokenizers begin every text with.
+        self._anchor = next(iter(self._stand_ins.values()), "")
 
     def protect(self, content: str) -> str:
         """Replace control text in a message by markers that every template passes on."""
@@ -59,6 +63,10 @@ class ControlTokenEncoder:
         """Turn a rendered template into text to encode: control tokens to stand-ins, markers back to text."""
         text = self.pattern.sub(lambda match: self._stand_ins[match[0]], rendered)
         return self._marker_pattern.sub(lambda match: self._texts[int(match[1])], text)
+
+    def readable(self, text: str) -> str:
+        """A text for the encoder with control tokens by their names."""
+        return self._stand_in_pattern.sub(lambda match: self._texts[int(match[1])], text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts as they are; only stand-ins become control tokens, and nothing is added."""
@@ -70,6 +78,34 @@ class ControlTokenEncoder:
             else encoding.ids
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def encode_behind(self, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts as continuations: with the ids that they have behind the text before them.
+
+        Where a token would reach across the border the two are encoded apart, as they are when a model generates. Only
+        the end of the text before is looked at: from its last control token on, at most `_WINDOW` characters.
+        """
+        windows = [self._window(text) for text in before]
+        different = list(dict.fromkeys(windows))
+        begins = dict(zip(different, self.encode(different), strict=True))
+        encoded = self.encode([window + text for window, text in zip(windows, texts, strict=True)])
+        results, apart = [], []
+        for number, (window, ids) in enumerate(zip(windows, encoded, strict=True)):
+            begin = begins[window]
+            if ids[: len(begin)] != begin:
+                apart.append(number)
+            results.append(ids[len(begin) :])
+        for number, ids in zip(apart, self.encode([self._anchor + texts[number] for number in apart]), strict=True):
+            results[number] = ids[1:] if self._anchor else ids
+        return results
+
+    def _window(self, text: str) -> str:
+        start = max(0, len(text) - _WINDOW)
+        control = text.rfind(f"<{self._nonce}s", start)
+        if control >= 0:
+            return text[control:]
+        line = text.find("\n", start, len(text) - 1) if start else 0
+        return text[max(line, start) :]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:

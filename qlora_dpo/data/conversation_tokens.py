@@ -1,10 +1,9 @@
 """Conversations to token ids, with the spans of them that are learned: the assistant's turns.
 
-The ids are those of the whole conversation as the chat template renders it. A turn of the assistant begins where the
-rendering of the messages before it, with its generation prompt, ends; it ends with its end token. A turn that the
-template writes otherwise once messages follow it (it drops thoughts, or adds text) is context there, not learned: the
-model would never write it so. Where the generation prompt itself is not what the template writes before the last
-answer (it opens a thought), only that answer is learned, directly after the generation prompt, as in pairs.
+The ids are those of the whole conversation as the chat template renders it. A turn of the assistant is what the
+template writes behind the messages before it with its generation prompt (`completions.py`). A turn that the template
+writes otherwise once messages follow it (it drops thoughts, or adds text) is context there, not learned: the model
+would never write it so.
 
 A conversation that is too long loses its end.
 """
@@ -16,9 +15,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from qlora_dpo.data.chat import Chat
+from qlora_dpo.data.chat import Chat, ChatContext
+from qlora_dpo.data.completions import Completion
 from qlora_dpo.data.conversations import Conversation
-from qlora_dpo.data.preferences import Message, RefusedRow, RowError
+from qlora_dpo.data.preferences import RefusedRow
+from qlora_dpo.data.tokenization import refused_by_template
 from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,58 +108,28 @@ class ConversationTokenizer:
         return results
 
     def _try_cut(self, conversation: Conversation) -> _Cut | RefusedRow:
-        try:
-            return self._cut(list(conversation.messages))
-        except RowError as error:
-            return RefusedRow(conversation.origin, error.field, error.reason)
-        except Exception as error:  # a template is a program and raises what it likes
-            return RefusedRow(conversation.origin, "messages", f"the chat template refuses it ({error})")
-
-    def _cut(self, messages: list[Message]) -> _Cut:
-        """Render the conversation and find the assistant's turns in it.
-
-        Raises:
-            RowError: when the template does not write the last answer as it is.
-        """
-        protected = self._chat.protected(messages)
-        turns = [number for number, message in enumerate(protected) if message["role"] == "assistant"]
-        prompts = self._chat.render([protected[:number] for number in turns])
-        ended = self._chat.render([protected[: number + 1] for number in turns], generation_prompt=False)
-        whole, answer = ended[-1], protected[-1]["content"]
-        last = self._turn(prompts[-1], whole, answer)
-        if last is None:
-            return self._last_answer_alone(prompts[-1], whole, answer, len(turns) - 1)
-        spans = []
-        for number, prompt, text in zip(turns[:-1], prompts, ended, strict=False):
-            span = self._turn(prompt, text, protected[number]["content"])
-            if span is not None and whole.startswith(text[: span[1]]):
-                spans.append(span)
-        spans.append(last)
-        borders = [0, *(border for span in spans for border in span)]
+        """Render the conversation and find the assistant's turns in it."""
+        context = ChatContext(conversation.tools, conversation.chat_template_kwargs)
+        messages = [self._chat.protected_message(message) for message in conversation.messages]
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        before, contexts = [messages[:number] for number in turns], [context] * len(turns)
+        prompts = self._chat.render_prompts(before, contexts)
+        answers = [conversation.messages[number] for number in turns]
+        completions = self._chat.render_answers(before, prompts, answers, contexts)
+        prompt, last = prompts[-1], completions[-1]
+        for part in (prompt, last):
+            if isinstance(part, Exception):
+                return refused_by_template(conversation.origin, "messages", part)
+        assert isinstance(prompt, str) and isinstance(last, Completion)
+        whole = prompt + last.text
+        borders = [0]
+        for earlier, completion in zip(prompts[:-1], completions[:-1], strict=True):
+            if isinstance(earlier, str) and isinstance(completion, Completion):
+                text = earlier + completion.text
+                borders += [len(earlier), len(text)] if whole.startswith(text) else []
+        borders += [len(prompt), len(whole)]
         pieces = [self._chat.encoder.reveal(whole[start:end]) for start, end in pairwise(borders)]
-        return _Cut(pieces, self._chat.form.end is None, len(turns) - len(spans))
-
-    def _turn(self, prompt: str, text: str, answer: str) -> tuple[int, int] | None:
-        """Where the answer that ends a rendered text begins and ends, with its end token; None where it does not
-        follow its prompt, or is not all there."""
-        if not text.startswith(prompt):
-            return None
-        written, end = text[len(prompt) :], self._chat.form.end
-        if end is None:
-            answer = answer if answer in written else answer.strip()
-            place = written.rfind(answer)
-            return (len(prompt), len(prompt) + place + len(answer)) if place >= 0 else None
-        place = written.rfind(end)
-        if place < 0 or _squeezed(answer) not in _squeezed(written[:place]):
-            return None
-        return len(prompt), len(prompt) + place + len(end)
-
-    def _last_answer_alone(self, prompt: str, whole: str, answer: str, context_turns: int) -> _Cut:
-        if _squeezed(answer) not in _squeezed(whole):
-            raise RowError("messages", "the chat template drops or changes a part of the last answer")
-        reveal, form = self._chat.encoder.reveal, self._chat.form
-        completion = form.opening + reveal(answer + form.closing + (form.end or ""))
-        return _Cut([reveal(prompt), completion], form.end is None, context_turns)
+        return _Cut(pieces, not last.has_end, len(turns) - len(borders) // 2)
 
     def _with_ends(self, cut: _Cut, whole: list[int], pieces: list[list[int]]) -> tuple[list[int], list[int]]:
         """The ids of a conversation and where each piece ends in them.
@@ -195,8 +166,3 @@ class ConversationTokenizer:
         self.counts.truncated_conversations += len(ids) > self.max_length
         self.counts.context_turns += cut.context_turns
         return TokenizedConversation(ids[: left[-1]], left, conversation.category, conversation.origin)
-
-
-def _squeezed(text: str) -> str:
-    """A text without its white space, which templates trim and add."""
-    return "".join(text.split())

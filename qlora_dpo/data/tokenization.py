@@ -1,19 +1,20 @@
 """Pairs of text to pairs of token ids.
 
-The prompt is rendered by the tokenizer's chat template with its generation prompt, and tokenized apart from
-the answers, so the model is trained on the ids that it sees when it generates. An answer ends with the
-token that ends a turn. A prompt that is too long keeps its end (and its BOS); an answer that is too long
-keeps its start, and has no end token then.
+The prompt is rendered by the tokenizer's chat template with its generation prompt and has the ids that the model sees
+when it generates. An answer is what the template's rendering of the whole conversation writes behind it, up to the
+token that ends the turn (`completions.py`). A prompt that is too long keeps its end (and its BOS); an answer that is
+too long keeps its start, and has no end token then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_dpo.data.chat import Chat, Prompt
-from qlora_dpo.data.preferences import PreferencePair, RefusedRow
+from qlora_dpo.data.chat import FOLD, NO_CONTEXT, Chat, ChatContext, Prompt
+from qlora_dpo.data.completions import Completion
+from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
 from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ class TokenizedPair:
     reference_chosen_logp: float | None = None
     """Log-prob of the whole answer under some reference, as the row brought it along."""
     reference_rejected_logp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPair:
+    """A pair as the chat template writes it, in texts for the encoder."""
+
+    prompt: str
+    chosen: Completion
+    rejected: Completion
 
 
 @dataclass(slots=True)
@@ -78,35 +88,53 @@ class PairTokenizer:
 
     def tokenize(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | RefusedRow]:
         """Tokenize a batch of pairs; the result stands in the same order."""
-        rendered = self._chat.render_prompts([pair.prompt for pair in pairs])
-        usable = [(pair, text) for pair, text in zip(pairs, rendered, strict=True) if isinstance(text, str)]
-        texts = [text for _, text in usable]
-        texts += [self._completion_text(pair.chosen) for pair, _ in usable]
-        texts += [self._completion_text(pair.rejected) for pair, _ in usable]
-        ids = self._chat.encoder.encode(texts)
+        rows = self.render(pairs)
+        usable = [row for row in rows if isinstance(row, RenderedPair)]
+        encoder, prompts = self._chat.encoder, [row.prompt for row in usable]
+        answers = [row.chosen.text for row in usable] + [row.rejected.text for row in usable]
+        ids = encoder.encode_behind([*prompts, *prompts], answers)
         count = len(usable)
-        encoded = zip(ids[:count], ids[count : 2 * count], ids[2 * count :], strict=True)
+        encoded = zip(encoder.encode(prompts), ids[:count], ids[count:], strict=True)
         return [
-            self._assemble(pair, *next(encoded))
-            if isinstance(text, str)
-            else RefusedRow(pair.origin, "prompt", f"the chat template refuses it ({text})")
-            for pair, text in zip(pairs, rendered, strict=True)
+            self._assemble(pair, row, *next(encoded)) if isinstance(row, RenderedPair) else row
+            for pair, row in zip(pairs, rows, strict=True)
         ]
 
-    def render_prompt_ids(self, prompt: Prompt) -> list[int]:
+    def render(self, pairs: Sequence[PreferencePair]) -> list[RenderedPair | RefusedRow]:
+        """What the chat template writes for each pair, as texts for the encoder."""
+        chat = self._chat
+        contexts = [ChatContext(pair.tools, pair.chat_template_kwargs) for pair in pairs]
+        asked = [chat.protected(pair.prompt) for pair in pairs]
+        prompts = chat.render_prompts(asked, contexts)
+        chosen = chat.render_answers(asked, prompts, [pair.chosen_message for pair in pairs], contexts)
+        rejected = chat.render_answers(asked, prompts, [pair.rejected_message for pair in pairs], contexts)
+        return [
+            _rendered(pair, *texts, reveal=chat.encoder.reveal)
+            for pair, texts in zip(pairs, zip(prompts, chosen, rejected, strict=True), strict=True)
+        ]
+
+    def readable(self, text: str) -> str:
+        """A rendered text with the names of its control tokens."""
+        return self._chat.encoder.readable(text)
+
+    def render_prompt_ids(self, prompt: Prompt, context: ChatContext = NO_CONTEXT) -> list[int]:
         """Return the ids of a prompt as training saw it, to generate from.
 
         Raises:
             UsageError: when the chat template refuses the conversation.
         """
-        (rendered,) = self._chat.render_prompts([prompt])
-        if isinstance(rendered, Exception):
-            raise UsageError(f"the chat template refuses this prompt: {rendered}; change its messages.") from rendered
-        return self._fit_prompt(self._chat.with_bos(self._chat.encoder.encode([rendered])[0]))
+        return self._fit_prompt(self._chat.prompt_ids(prompt, context))
 
     def _assemble(
-        self, pair: PreferencePair, prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]
+        self,
+        pair: PreferencePair,
+        rendered: RenderedPair,
+        prompt_ids: list[int],
+        chosen_ids: list[int],
+        rejected_ids: list[int],
     ) -> TokenizedPair | RefusedRow:
+        chosen_ids += [] if rendered.chosen.has_end else [self.end_id]
+        rejected_ids += [] if rendered.rejected.has_end else [self.end_id]
         whole_prompt = self._chat.with_bos(prompt_ids)
         prompt = self._fit_prompt(whole_prompt)
         chosen, rejected = (self._fit_completion(ids, len(prompt)) for ids in (chosen_ids, rejected_ids))
@@ -116,8 +144,7 @@ class PairTokenizer:
             self.counts.dropped_equal_after_truncation += 1
             return RefusedRow(pair.origin, "rejected", EQUAL_AFTER_TRUNCATION)
         self.counts.truncated_prompts += len(prompt) < len(whole_prompt)
-        # A whole answer is longer than its text by the end token.
-        truncated = (len(chosen) <= len(chosen_ids)) + (len(rejected) <= len(rejected_ids))
+        truncated = (len(chosen) < len(chosen_ids)) + (len(rejected) < len(rejected_ids))
         self.counts.truncated_completions += truncated
         is_whole = not truncated and len(prompt) == len(whole_prompt)
         logps = self._reference_logps(pair, is_whole)
@@ -139,12 +166,30 @@ class PairTokenizer:
         return ids[:kept] + ids[kept + excess :]
 
     def _fit_completion(self, ids: list[int], prompt_length: int) -> list[int]:
-        room = self.max_length - prompt_length
-        return [*ids, self._chat.form.end_id] if len(ids) < room else ids[:room]
+        return ids[: self.max_length - prompt_length]
 
-    def _completion_text(self, answer: str) -> str:
-        form = self._chat.form
-        return form.opening + answer + form.closing
+
+def refused_by_template(origin: str, field: str, error: Exception) -> RefusedRow:
+    """A row that the chat template cannot write."""
+    if isinstance(error, RowError):
+        return RefusedRow(origin, field if error.field == "answer" else error.field, error.reason)
+    hint = FOLD if "system" in str(error).lower() else ""
+    return RefusedRow(origin, field, f"the chat template refuses it{hint} ({error})")
+
+
+def _rendered(
+    pair: PreferencePair,
+    prompt: str | Exception,
+    chosen: Completion | Exception,
+    rejected: Completion | Exception,
+    reveal: Callable[[str], str],
+) -> RenderedPair | RefusedRow:
+    for field, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if isinstance(part, Exception):
+            return refused_by_template(pair.origin, field, part)
+    assert isinstance(prompt, str) and isinstance(chosen, Completion) and isinstance(rejected, Completion)
+    chosen, rejected = (replace(part, text=reveal(part.text)) for part in (chosen, rejected))
+    return RenderedPair(reveal(prompt), chosen, rejected)
 
 
 def _check_limits(max_length: int, max_prompt_length: int) -> None:

@@ -49,7 +49,7 @@ class RewardScorer:
             UsageError: the chat template refuses it.
         """
         protected = self._chat.protected(prompt)
-        protected.append({"role": "assistant", "content": self._chat.encoder.protect(answer)})
+        protected.append(self._chat.protected_message({"role": "assistant", "content": answer}))
         try:
             (text,) = self._chat.render([protected], generation_prompt=False)
         except Exception as error:  # a template is a program and raises what it likes

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dpo.data.chat import Chat
+from qlora_dpo.data.chat import NO_CONTEXT, Chat, ChatContext
 from qlora_dpo.data.control_tokens import control_tokens, uses_bos
 from qlora_dpo.data.linting.findings import Rule
-from qlora_dpo.data.preferences import PreferencePair
+from qlora_dpo.data.preferences import Message, PreferencePair
 from qlora_dpo.data.ragged import Ragged
-from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
+from qlora_dpo.data.tokenization import PairTokenizer, RenderedPair, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,11 +63,13 @@ def _bos_of_template(tokenizer: PreTrainedTokenizerBase, bos_id: int | None) -> 
     if bos_id is None:
         return []
     chat = Chat(tokenizer)
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
-    conversations = [[{"role": role, "content": text} for role, text in part] for part in (turns[:1], turns)]
-    rendered = chat.render_prompts(conversations)  # type: ignore[arg-type]
-    texts = [text for text in rendered if isinstance(text, str)]
-    return [ids.count(bos_id) for ids in chat.encoder.encode(texts)] if len(texts) == len(turns[:1]) + 1 else []
+    turns: list[Message] = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    texts = [text for text in chat.render_all([turns[:1], turns], [NO_CONTEXT] * 2) if isinstance(text, str)]
+    return (
+        [ids.count(bos_id) for ids in chat.encoder.encode([chat.encoder.reveal(text) for text in texts])]
+        if len(texts) == 2
+        else []
+    )
 
 
 def _bos(batch: IdBatch, facts: TokenFacts) -> Found:
@@ -109,7 +111,8 @@ def _rows(wrong: NDArray[np.bool_], detail: str) -> Found:
 def _boundary(texts: Sequence[PreferencePair], pairs: Sequence[TokenizedPair], facts: TokenFacts) -> Found:
     anew = facts.tokenizer.tokenize(texts)
     for row, (text, pair, other) in enumerate(zip(texts, pairs, anew, strict=True)):
-        if pair.prompt_ids != facts.tokenizer.render_prompt_ids(text.prompt):
+        context = ChatContext(text.tools, text.chat_template_kwargs)
+        if pair.prompt_ids != facts.tokenizer.render_prompt_ids(text.prompt, context):
             yield row, "the prompt's ids are not those that the model is given to answer it"
         elif not isinstance(other, TokenizedPair) or (pair.chosen_ids, pair.rejected_ids) != (
             other.chosen_ids,
@@ -121,14 +124,20 @@ def _boundary(texts: Sequence[PreferencePair], pairs: Sequence[TokenizedPair], f
 def _round_trip(texts: Sequence[PreferencePair], pairs: Sequence[TokenizedPair], facts: TokenFacts) -> Found:
     tokenizer: Any = facts.tokenizer.tokenizer
     backend = tokenizer.backend_tokenizer
-    for row, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
-        answers = (("chosen", text.chosen, pair.chosen_ids), ("rejected", text.rejected, pair.rejected_ids))
-        for field, answer, ids in answers:
+    rendered = facts.tokenizer.render(texts)
+    for row, (text, pair) in enumerate(zip(rendered, pairs, strict=True)):
+        if not isinstance(text, RenderedPair):
+            continue  # what the rule `boundary` finds
+        for field, answer, ids in (
+            ("chosen", text.chosen, pair.chosen_ids),
+            ("rejected", text.rejected, pair.rejected_ids),
+        ):
             if ids[-1:] != [facts.end_id]:
                 continue  # cut, maybe in the middle of a character
-            back = backend.decode(ids[:-1], skip_special_tokens=False)
-            if _plain(answer, backend) != _plain(back, backend):
-                yield row, f"{field} becomes another text: {_difference(answer, back)}"
+            written = facts.tokenizer.readable(answer.text)
+            back = backend.decode(ids if answer.has_end else ids[:-1], skip_special_tokens=False)
+            if _plain(written, backend) != _plain(back, backend):
+                yield row, f"{field} becomes another text: {_difference(written, back)}"
                 break
 
 

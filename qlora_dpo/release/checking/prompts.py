@@ -16,7 +16,7 @@ from qlora_dpo.data.linting.lint import kept_texts, tokenized_source
 from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.preferences import ColumnNames, Message, NoPreferenceError, RefusedRow, RowError
 from qlora_dpo.data.values import clean_text
-from qlora_dpo.errors import DataError, StorageError, UsageError
+from qlora_dpo.errors import DataError, StorageError
 from qlora_dpo.release.artefact import Artefact
 from qlora_dpo.training.data import load_training_data
 
@@ -57,7 +57,7 @@ def check_prompts(source: str | None, count: int, artefact: Artefact, tokenizer:
     for prompt in rows:
         messages = as_messages(prompt)
         held = any(chat.encoder.pattern.search(message["content"]) for message in messages)
-        if held or len(training_ids(chat, messages)) > limit:
+        if held or len(chat.prompt_ids(messages)) > limit:
             left_out += 1
         else:
             usable.append(messages)
@@ -74,18 +74,6 @@ def check_prompts(source: str | None, count: int, artefact: Artefact, tokenizer:
 def as_messages(prompt: Prompt) -> list[Message]:
     """A text is one message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def training_ids(chat: Chat, messages: Sequence[Message]) -> list[int]:
-    """A prompt's ids as training saw them, uncut.
-
-    Raises:
-        UsageError: the chat template refuses the conversation.
-    """
-    (rendered,) = chat.render_prompts([messages])
-    if isinstance(rendered, Exception):
-        raise UsageError(f"the chat template refuses a prompt: {rendered}; name others with --prompts.") from rendered
-    return chat.with_bos(chat.encoder.encode([rendered])[0])
 
 
 def _held_out(artefact: Artefact, tokenizer: Any) -> tuple[str, Sequence[Prompt]]:

@@ -19,7 +19,6 @@ from qlora_dpo.models.generation import complete
 from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import load_adapter
 from qlora_dpo.release.artefact import Artefact
-from qlora_dpo.release.checking.prompts import training_ids
 from qlora_dpo.training.trained_on import TrainedOn, base_held
 
 AT_ONCE = 8  # prompts that are answered together
@@ -82,7 +81,7 @@ def expected_answers(
     base.generation_config = GenerationConfig()  # nothing but the weights decides
     model = load_adapter(base, artefact.adapter, trainable=False).eval()
     chat = Chat(tokenizer)
-    ids = [tuple(training_ids(chat, messages)) for messages in prompts]
+    ids = [tuple(chat.prompt_ids(messages)) for messages in prompts]
     answers: list[Answer] = []
     differences: list[Tensor] = []
     for start in range(0, len(ids), AT_ONCE):
