@@ -125,6 +125,8 @@ def settings_of(adapter: ScoredAdapter, config: TrainConfig, options: CompareOpt
         "quantization": quantization_of(config.model),
         "dtype": config.model.dtype,
         "prompt_template": config.data.prompt_template,
+        "chat_template_kwargs": config.data.chat_template_kwargs,
+        "system_prompt": config.data.system_prompt,
         "beta": config.loss.beta,
         "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens or adapter.settings.get("max_new_tokens", LONGEST_ANSWER),
@@ -159,7 +161,14 @@ def config_of(adapter: ScoredAdapter, options: CompareOptions) -> TrainConfig:
         "model_revision": None if options.base_model else adapter.config.get("revision"),
         "use_cpu": options.use_cpu,
     }
-    of_data = ("prompt_template", "max_length", "max_prompt_length", "objective")
+    of_data = (
+        "prompt_template",
+        "chat_template_kwargs",
+        "system_prompt",
+        "max_length",
+        "max_prompt_length",
+        "objective",
+    )
     return TrainConfig(
         model=ModelOptions(**{name: value for name, value in adapter.defaults().items() if name in _OF_MODEL} | own),
         data=DataOptions(**{name: known[name] for name in of_data if name in known}),

@@ -8,10 +8,16 @@ import logging
 import os
 import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 SAVED_WITH = ("torch", "transformers", "peft", "bitsandbytes")  # what the content of a checkpoint depends on
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gradio", "wandb")
+
+
+def cache_folder(named: str | Path | None = None) -> Path:
+    """Where what can be computed again is kept: the named folder, that of QLORA_DPO_CACHE, or ~/.cache/qlora_dpo."""
+    return Path(named or os.environ.get("QLORA_DPO_CACHE") or "~/.cache/qlora_dpo").expanduser()
 
 
 def versions() -> dict[str, str]:

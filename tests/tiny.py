@@ -84,8 +84,9 @@ def tiny_tokenizer(vocabulary: int = 128) -> Any:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
     )
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}{{ ' ' + message['content'] + ' ' }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ 'w5 ' + message['content'] + ' ' + eos_token }}"
+        "{% else %}{{ ' ' + message['content'] + ' ' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'w5 ' }}{% endif %}"
     )
     return tokenizer

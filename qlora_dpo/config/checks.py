@@ -258,8 +258,8 @@ _OF_SFT = ("messages_key", "response_key")
 _OF_REAL_TRAINING = (
     "objective", "reference_model", "model_revision", "dataset_format", "dataset_split", "dataset_revision",
     "eval_dataset", "eval_split", "eval_fraction", "prompt_key", "chosen_key", "rejected_key", "messages_key",
-    "category_key", "confidence_key", "ignore_columns",
-    "response_key", "confidence_as", "prompt_template", "trust_remote_code",
+    "category_key", "confidence_key", "ignore_columns", "response_key", "confidence_as", "prompt_template",
+    "chat_template_kwargs", "system_prompt", "trust_remote_code",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qlora_dpo.config.values import Names
 
@@ -52,6 +52,8 @@ class ConvertOptions:
     """What may be lost where the format to write has no place for it: system, history (all turns but the last),
     whitespace (around texts), thoughts, tools, chat_template_kwargs, reference_logps. A row that would lose anything
     else is refused."""
+    system_prompt: Literal["keep", "fold"] = "keep"
+    """fold puts a system prompt in front of the first question, for models without a system role."""
     bad_rows: Literal["fail", "skip"] = "fail"
     """What to do with rows that cannot be read or written: list them and stop, or list them and write the rest."""
 
@@ -124,6 +126,11 @@ class TokenOptions:
     """Folder or Hub id of a tokenizer, where there is no model yet."""
     prompt_template: str | None = None
     """Named template (hh-rlhf, anima, plain) for a tokenizer without a chat template, or instead of it."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, as JSON: '{"enable_thinking": false}'. Those of a row's own column
+    chat_template_kwargs outrank them."""
+    system_prompt: Literal["keep", "fold"] = "keep"
+    """fold puts a system prompt in front of the first question, for models without a system role."""
     max_length: int = 1024
     """Tokens of prompt plus completion."""
     max_prompt_length: int = 512

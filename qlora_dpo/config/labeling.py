@@ -44,6 +44,11 @@ class LocalModelOptions:
     """Answers that are written at once. All answers to one prompt share a batch."""
     prompt_template: str | None = None
     """Named template (hh-rlhf, anima, plain) for a tokenizer without a chat template, or instead of it."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, as JSON: '{"enable_thinking": false}'. Those of a row's own column
+    chat_template_kwargs outrank them."""
+    system_prompt: Literal["keep", "fold"] = "keep"
+    """fold puts a system prompt in front of the first question, for models without a system role."""
     max_prompt_length: int = 512
     """Tokens of the prompt. A longer prompt loses its beginning, as in training."""
 

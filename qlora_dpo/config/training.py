@@ -105,6 +105,11 @@ class DataOptions:
     """With --objective sft: column of the answer (plaintext)."""
     prompt_template: str | None = None
     """Named template (hh-rlhf, anima, plain) for a tokenizer without a chat template, or instead of it."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, as JSON: '{"enable_thinking": false}'. Those of a row's own column
+    chat_template_kwargs outrank them."""
+    system_prompt: Literal["keep", "fold"] = "keep"
+    """fold puts a system prompt in front of the first question, for models without a system role."""
     max_length: int = 1024
     """Tokens of prompt plus completion, or of a conversation. What is longer loses its end (and its end token)."""
     max_prompt_length: int = 512

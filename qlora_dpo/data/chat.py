@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_dpo.data.completions import OPEN_THOUGHT, AnswerForm, Completion, closing_of, find_completion, holds
 from qlora_dpo.data.control_tokens import ControlTokenEncoder, uses_bos
 from qlora_dpo.data.preferences import Message, RowError
-from qlora_dpo.data.template_clock import clock_of
+from qlora_dpo.data.template_clock import dated_template
 from qlora_dpo.data.thoughts import THOUGHT_TAGS, inline_thought
 from qlora_dpo.errors import UsageError
 
@@ -37,6 +37,12 @@ class ChatContext:
 
 
 NO_CONTEXT = ChatContext()
+# What decides how a template is applied, which no row may.
+_OWN_ARGUMENTS = frozenset(
+    """conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize padding
+    truncation max_length return_tensors return_dict return_assistant_tokens_mask sanitize_control_tokens
+    tokenizer_kwargs""".split()
+)
 FOLD = "; --system_prompt fold puts the system prompt before the first question"
 
 
@@ -52,7 +58,6 @@ class Chat:
         self.encoder = ControlTokenEncoder(tokenizer)
         self._bos_id: int | None = tokenizer.bos_token_id
         self._adds_bos = uses_bos(tokenizer)
-        self._clock = clock_of(tokenizer)
         self.form = self._find_answer_form()
 
     def render_prompts(
@@ -107,8 +112,10 @@ class Chat:
     ) -> list[str]:
         """What the template writes. Raises: what the template raises."""
         render: Any = self.tokenizer.apply_chat_template
+        if taken := _OWN_ARGUMENTS & context.kwargs.keys():
+            raise ValueError(f"chat_template_kwargs: {min(taken)} is no argument of a template")
         tools = protect_all(list(context.tools), self.encoder.protect) or None
-        given = {"tools": tools, **self._clock, **context.kwargs}
+        given = {"tools": tools, "chat_template": dated_template(self.tokenizer, tools is not None), **context.kwargs}
         conversations = [[_with_thinking(message) for message in turns] for turns in conversations]
         return list(render(conversations, tokenize=False, add_generation_prompt=generation_prompt, **given))
 

@@ -12,11 +12,13 @@ see:
 
 from __future__ import annotations
 
+import datetime
 import re
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora_dpo.data.template_clock import pinned_date, reads_clock
 from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +132,10 @@ def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return all of a tokenizer that ids depend on, as text to hash."""
     backend = _copy_backend(tokenizer)
+    parts: tuple[Any, ...]
     parts = (tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, uses_bos(tokenizer))
+    if reads_clock(tokenizer):
+        parts = (*parts, pinned_date(tokenizer) or datetime.date.today().isoformat())
     return f"{backend.to_str()}\n{parts!r}"
 
 

@@ -31,7 +31,7 @@ def convert(pairs: PairFileOptions, options: ConvertOptions) -> None:
     """
     _check(pairs, options)
     reader = reader_of(pairs)
-    conversion = Conversion(options.to, tuple(options.drop), options.output)
+    conversion = Conversion(options.to, tuple(options.drop), options.output, options.system_prompt == "fold")
     with row_writer(options.output, all_columns(options.to)) as add:
         conversion.run(reader, add)
         conversion.list_refused()
@@ -49,6 +49,7 @@ class Conversion:
     to: str
     drop: tuple[str, ...]
     output: Path
+    folds_system: bool = False
     read: int = 0
     written: int = 0
     refused: list[RefusedRow] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Conversion:
                 self.refused.append(row)
                 continue
             try:
-                self.dropped.update(self._write(row, add))
+                self.dropped.update(self._write(with_folded_system(row) if self.folds_system else row, add))
             except RowError as error:
                 self.refused.append(error.refused(row.origin))
             else:
@@ -151,6 +152,17 @@ def _check(pairs: PairFileOptions, options: ConvertOptions) -> None:
 
 def _without_system(pair: PreferencePair) -> PreferencePair:
     return _with_prompt(pair, (message for message in pair.messages if message["role"] != "system"))
+
+
+def with_folded_system(pair: PreferencePair) -> PreferencePair:
+    """The pair with its system prompt in front of the first question, a blank line between them."""
+    first, *rest = pair.messages
+    if first["role"] != "system" or not rest or rest[0]["role"] != "user":
+        return pair
+    if not first["content"]:
+        return _with_prompt(pair, rest)
+    question = Message(role="user", content=f"{first['content']}\n\n{rest[0]['content']}")
+    return _with_prompt(pair, (question, *rest[1:]))
 
 
 def _without_history(pair: PreferencePair) -> PreferencePair:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -23,6 +22,7 @@ from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.ragged import Ragged
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
+from qlora_dpo.environment import cache_folder
 from qlora_dpo.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def load_conversation_dataset(
 def _from_cache(job: TokenizingJob, bad_rows: str, cache_dir: str | Path | None) -> tuple[Path, DataReport, str]:
     """The job's store, built where it is not there yet, with its report and the hash of its ids."""
     _check_options(bad_rows, job.max_samples)
-    folder = _cache_root(cache_dir) / "tokenized" / job.key()
+    folder = cache_folder(cache_dir) / "tokenized" / job.key()
     manifest = pair_store.read_manifest(folder)
     from_cache = manifest is not None
     if manifest is None:
@@ -265,7 +265,3 @@ def _check_options(bad_rows: str, max_samples: int | None) -> None:
         raise UsageError(f"--bad_rows {bad_rows!r} is not known; choose fail or skip.")
     if max_samples is not None and max_samples < 1:
         raise UsageError(f"--max_samples {max_samples} leaves no data; give at least 1, or leave it out for all.")
-
-
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir or os.environ.get("QLORA_DPO_CACHE") or "~/.cache/qlora_dpo").expanduser()

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ATTRIBUTE = "chat_template_date"
+_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>[^"'\\]*)(?P=quote)\s*\)""")
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -33,12 +37,26 @@ def pinned_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return date if reads_clock(tokenizer) else None
 
 
-def clock_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The template's argument that stops its clock; empty where it has none."""
+def dated_template(tokenizer: PreTrainedTokenizerBase, has_tools: bool = False) -> str | None:
+    """The chat template with the pinned day written into it; None where the tokenizer's own needs no day.
+
+    Raises:
+        UsageError: the template asks for the date in a way that no day can be written into.
+    """
     date = pinned_date(tokenizer)
     if date is None:
-        return {}
-    return {"strftime_now": datetime.datetime.fromisoformat(date).strftime}
+        return None
+    day = datetime.datetime.fromisoformat(date)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template["tool_use" if has_tools and "tool_use" in template else "default"]
+    dated = _CALL.sub(lambda call: repr(day.strftime(call["form"])), template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise UsageError(
+            "the chat template asks for today's date by a computed form, so every day would give other tokens. Write "
+            "the form into its call of strftime_now, or choose another template with --prompt_template."
+        )
+    return dated
 
 
 def recorded_date(tokenizer: PreTrainedTokenizerBase, cache: Path) -> str | None:

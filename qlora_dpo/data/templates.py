@@ -1,16 +1,20 @@
-"""Named prompt templates for models whose tokenizer has no chat template.
+"""The chat template of a run: the tokenizer's own or a named one, with the arguments that the run gives it.
 
-They are chat templates in Jinja, so a run saves the one it used with the tokenizer, and every program that
-loads the run renders prompts the same way. None writes an end token: the end-of-text token is added to the
-last answer.
+Named templates are for models whose tokenizer has none. They are chat templates in Jinja, so a run saves the one it
+used with the tokenizer, and every program that loads the run renders prompts the same way. None writes an end token:
+the end-of-text token is added to the last answer.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from qlora_dpo.data.control_tokens import uses_bos
+from qlora_dpo.data.template_clock import pin_date, recorded_date
+from qlora_dpo.environment import cache_folder
 from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +50,82 @@ _PLAIN = (
 )
 
 PROMPT_TEMPLATES: dict[str, str] = {"hh-rlhf": _HH_RLHF, "anima": _ANIMA, "plain": _PLAIN}
+
+
+def set_up_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    system_prompt: str = "keep",
+    date: str | None = None,
+) -> None:
+    """Give the tokenizer the chat template that conversations are written with.
+
+    It is the named one or its own. What the options say becomes a part of it, so that every program that loads the
+    tokenizer writes conversations alike: template arguments as their defaults (`enable_thinking`), the system prompt
+    in front of the first question where it is to be folded, and BOS where the model expects one and the template
+    writes none. A tokenizer that is set up again stays as it is. A template that writes today's date writes `date`
+    instead, by default the day that it was first used on this machine.
+
+    Raises:
+        UsageError: when there is no template to use, or no template of that name.
+    """
+    apply_prompt_template(tokenizer, prompt_template)
+    before = "".join(_default(name, value) for name, value in (chat_template_kwargs or {}).items())
+    if system_prompt == "fold":
+        before += _FOLD_SYSTEM
+    if uses_bos(tokenizer) and not _writes_bos(tokenizer):
+        before += "{{- bos_token -}}"
+    # What is written last keeps the line break that a template may begin with.
+    _put_before(tokenizer, before + "{{ '' }}" if before else "")
+    pin_date(tokenizer, date or recorded_date(tokenizer, cache_folder()))
+
+
+def _default(name: str, value: Any) -> str:
+    if not name.isidentifier():
+        raise UsageError(f"--chat_template_kwargs: {name!r} is no name of a template's argument.")
+    return f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(name, value)} -%}}{{%- endif -%}}"
+
+
+def _literal(name: str, value: Any) -> str:
+    """A JSON value as Jinja writes it, which is as Python does."""
+    try:
+        return repr(json.loads(json.dumps(value)))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--chat_template_kwargs: the value of {name} is no JSON value ({error}).") from error
+
+
+_FOLD_SYSTEM = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- if messages | length > 1 and messages[1]['role'] == 'user' and messages[0]['content'] -%}"
+    "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])] "
+    "+ messages[2:] -%}"
+    "{%- elif not messages[0]['content'] -%}{%- set messages = messages[1:] -%}{%- endif -%}{%- endif -%}"
+)
+
+
+def _put_before(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = {name: _joined(text, one) for name, one in template.items()}
+    else:
+        template = _joined(text, template)
+    tokenizer.chat_template = template
+
+
+def _joined(text: str, template: str) -> str:
+    return template if template.startswith(text) else text + template
+
+
+def _writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """A rendered question begins with BOS, or cannot be rendered."""
+    render: Any = tokenizer.apply_chat_template
+    try:
+        text: str = render([{"role": "user", "content": "question"}], tokenize=False, add_generation_prompt=True)
+    except Exception:  # what is wrong with it is said where it is used
+        return True
+    return text.startswith(str(tokenizer.bos_token))
 
 
 def apply_prompt_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:

@@ -108,11 +108,18 @@ def _local(
     """Answers of a model in memory, batch by batch."""
     import torch
 
-    from qlora_dpo.data.templates import apply_prompt_template
+    from qlora_dpo.data.template_clock import pinned_date
+    from qlora_dpo.data.templates import set_up_chat_template
     from qlora_dpo.models.generation import complete
 
     model, tokenizer = _load(model_name, local)
-    apply_prompt_template(tokenizer, local.prompt_template)
+    set_up_chat_template(
+        tokenizer,
+        prompt_template=local.prompt_template,
+        chat_template_kwargs=local.chat_template_kwargs,
+        system_prompt=local.system_prompt,
+        date=pinned_date(tokenizer),
+    )
     ids, end_id, refused, _ = render(tokenizer, prompts, local.max_prompt_length, sampling.max_new_tokens)
     yield from refused
     if refused and sampling.bad_rows == "fail":

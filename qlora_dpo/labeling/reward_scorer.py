@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qlora_dpo.data.chat import Chat, Prompt
-from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.errors import ModelError, ResourceError, UsageError
 from qlora_dpo.models.loading import (
     CPU_BLOCK,
@@ -115,7 +115,7 @@ def load_reward_scorer(
     if config.num_labels != 1:
         raise ModelError(f"--reward_model {name} has {config.num_labels} outputs (num_labels); a reward model has one.")
     tokenizer = load_tokenizer(name, revision)
-    apply_prompt_template(tokenizer, prompt_template)
+    set_up_chat_template(tokenizer, prompt_template=prompt_template)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer of {name} has neither a pad nor an end token; set pad_token in its config.")
     config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.loading import check_local_weights, commit_of, load_config, load_tokenizer
 from qlora_dpo.scoring.adapter import open_adapter
@@ -112,8 +112,11 @@ def tokenizer_of(artefact: Artefact) -> Any:
     if own is not None:
         return load_tokenizer(str(own))
     tokenizer = load_tokenizer(artefact.origin.base, artefact.origin.revision)
-    if artefact.settings.get("prompt_template"):
-        apply_prompt_template(tokenizer, artefact.settings["prompt_template"])
+    if artefact.run is not None:
+        options = ("prompt_template", "chat_template_kwargs", "system_prompt")
+        set_up_chat_template(
+            tokenizer, **{name: artefact.settings[name] for name in options if name in artefact.settings}
+        )
     return tokenizer
 
 

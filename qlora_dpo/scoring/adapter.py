@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlora_dpo.config.training import TrainConfig
-from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.loading import load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder
@@ -25,7 +25,7 @@ NONE = "none"
 _OF_MODEL = (
     "reference_model", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dtype",
 )  # fmt: skip
-_OF_PAIRS = ("beta", "prompt_template", "max_length", "max_prompt_length")
+_OF_PAIRS = ("beta", "prompt_template", "chat_template_kwargs", "system_prompt", "max_length", "max_prompt_length")
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,15 @@ def check_fit(adapter: ScoredAdapter, config: TrainConfig) -> None:
 def tokenizer_of(adapter: ScoredAdapter | None, config: TrainConfig) -> Any:
     """The tokenizer that the adapter was trained with."""
     if adapter is None or adapter.run is not None or not (adapter.folder / "tokenizer_config.json").is_file():
-        return load_training_tokenizer(config)
+        date = adapter.run.chat_template_date() if adapter is not None and adapter.run is not None else None
+        return load_training_tokenizer(config, date)
     tokenizer = load_tokenizer(str(adapter.folder))
-    apply_prompt_template(tokenizer, config.data.prompt_template)
+    set_up_chat_template(
+        tokenizer,
+        prompt_template=config.data.prompt_template,
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        system_prompt=config.data.system_prompt,
+    )
     return tokenizer
 
 

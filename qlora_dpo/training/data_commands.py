@@ -20,7 +20,7 @@ from qlora_dpo.data.mixtures.mixture import is_mixture, read_mixture
 from qlora_dpo.data.pair_reader import PairReader, reader_of
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.report import DataReport
-from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.terminal import print_colored
 from qlora_dpo.training.folder.run_folder import write_atomically
@@ -129,7 +129,12 @@ def load_tokenizer_of(tokens: TokenOptions) -> Any | None:
     from qlora_dpo.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(name, tokens.model_revision)
-    apply_prompt_template(tokenizer, tokens.prompt_template)
+    set_up_chat_template(
+        tokenizer,
+        prompt_template=tokens.prompt_template,
+        chat_template_kwargs=tokens.chat_template_kwargs,
+        system_prompt=tokens.system_prompt,
+    )
     return tokenizer
 
 

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
-from qlora_dpo.data.templates import apply_prompt_template
+from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.models.loading import commit_of, load_base, load_tokenizer
 from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter
 
 
-def load_training_tokenizer(config: TrainConfig) -> Any:
-    """The base's tokenizer with the prompt template of this run as its chat template."""
+def load_training_tokenizer(config: TrainConfig, date: str | None = None) -> Any:
+    """The base's tokenizer with the chat template of this run, which writes this date where it writes one.
+
+    Without a date it is the one that this template was first used with on this machine.
+    """
     assert config.model.model_name_or_path is not None
     tokenizer = load_tokenizer(
         config.model.model_name_or_path, config.model.model_revision, config.model.trust_remote_code
     )
-    apply_prompt_template(tokenizer, config.data.prompt_template)
+    set_up_chat_template(
+        tokenizer,
+        prompt_template=config.data.prompt_template,
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        system_prompt=config.data.system_prompt,
+        date=date,
+    )
     return tokenizer
 
 

@@ -14,6 +14,7 @@ import torch
 
 from qlora_dpo import __version__
 from qlora_dpo.config.training import TrainConfig, quantization_of
+from qlora_dpo.data.template_clock import pinned_date
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.environment import describe
 from qlora_dpo.errors import StorageError
@@ -91,7 +92,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
         return None
     if ranks.is_sharded:
         refuse_unshardable(config, ranks)
-    tokenizer = load_training_tokenizer(config)
+    tokenizer = load_training_tokenizer(config, ranks.on_main(run.chat_template_date))
     data = ranks.main_first(lambda: load_training_data(config.data, tokenizer, config.training.seed))
     print("\n".join(data.summary()), file=sys.stderr)
     lint = lint_training_data(config.data, data, tokenizer) if ranks.is_main else None
@@ -180,7 +181,7 @@ def prepare(
     run_id = ranks.on_main(
         lambda: run.begin(
             total_steps=schedule.total_steps, environment=describe(), pairs_per_step=pairs_per_step,
-            processes=ranks.count,
+            processes=ranks.count, chat_template_date=pinned_date(tokenizer),
         )
     )  # fmt: skip
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]

@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from qlora_dpo.config.training import ModelOptions, quantization_of
+from qlora_dpo.data.template_clock import pin_date
 from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.models.loading import choose_device, load_base, load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder, load_adapter
-from qlora_dpo.training.folder.run_folder import CONFIG
+from qlora_dpo.training.folder.run_folder import CONFIG, STATUS, RunFolder
 
 BASE_HELD = "base_quantization.json"  # beside an adapter that `release adapter` wrote
 
@@ -91,4 +92,7 @@ def load_trained(adapter: Path, *, base_model: str | None = None, use_cpu: bool 
 def load_tokenizer_of(adapter: Path, origin: TrainedOn) -> Any:
     """The tokenizer saved with the adapter (its chat template is the one trained with), else the base's."""
     has_own = (adapter / "tokenizer_config.json").is_file()
-    return load_tokenizer(str(adapter)) if has_own else load_tokenizer(origin.base, origin.revision)
+    tokenizer = load_tokenizer(str(adapter)) if has_own else load_tokenizer(origin.base, origin.revision)
+    run = next((path for path in (adapter, adapter.parent) if (path / STATUS).is_file()), None)
+    pin_date(tokenizer, None if run is None else RunFolder(run).chat_template_date())
+    return tokenizer

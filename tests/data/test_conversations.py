@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qlora_dpo.data.chat import FOLD
 from qlora_dpo.data.control_tokens import control_tokens, uses_bos
 from qlora_dpo.data.conversation_tokens import ConversationTokenizer, TokenizedConversation
 from qlora_dpo.data.conversations import (
@@ -169,18 +170,18 @@ def test_a_template_that_drops_part_of_the_answer_refuses_the_row(chatml: Any) -
     tokenizer.chat_template = chatml.chat_template.replace("m['content']", "m['content'].split('</think>')[-1]")
     row = Conversation(messages(("user", "q"), ("assistant", "<think>hm</think>one")), origin="f:9")
     (refused,) = ConversationTokenizer(tokenizer).tokenize([row])
-    assert str(refused) == "f:9: messages: the chat template drops or changes a part of the last answer"
+    assert str(refused) == "f:9: messages: the chat template drops or changes a part of the answer"
 
 
-def test_after_an_opened_thought_only_the_last_answer_is_learned(chatml: Any) -> None:
+def test_an_opened_thought_that_nothing_closes_refuses_the_row(chatml: Any) -> None:
     tokenizer = copy.deepcopy(chatml)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    conversations = ConversationTokenizer(tokenizer)
-    (result,) = conversations.tokenize([Conversation(messages(*TURNS))])
+    (refused,) = ConversationTokenizer(tokenizer).tokenize([Conversation(messages(*TURNS), origin="f:1")])
+    assert isinstance(refused, RefusedRow) and "would end inside the thought" in refused.reason
+    thought = Conversation(messages(*TURNS[:-1], ("assistant", "<think>\nhm\n</think>\n\nthe lazy dog")))
+    (result,) = ConversationTokenizer(tokenizer).tokenize([thought])
     assert isinstance(result, TokenizedConversation)
-    assert tokenizer.decode(result.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
-    assert learned(tokenizer, result) == ["the lazy dog<|im_end|>"]
-    assert conversations.counts.context_turns == 2
+    assert learned(tokenizer, result)[-1] == "hm\n</think>\n\nthe lazy dog<|im_end|>"
 
 
 def test_a_token_across_the_begin_of_an_answer_is_cut_there(chatml: Any) -> None:
@@ -231,7 +232,7 @@ def test_a_conversation_that_the_template_refuses_is_one_refused_row(tokenizers:
     ]
     first, refused, last = ConversationTokenizer(tokenizers("llama2")).tokenize(rows)
     assert first == last
-    assert str(refused) == "f:2: messages: the chat template refuses it (no system message)"
+    assert str(refused) == f"f:2: messages: the chat template refuses it{FOLD} (no system message)"
 
 
 GOOD = [{"messages": list(messages(("user", f"question {n // 2}"), ("assistant", f"answer {n}")))} for n in range(8)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qlora_dpo.data.chat import FOLD
 from qlora_dpo.data.control_tokens import control_tokens, uses_bos
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
 from qlora_dpo.data.templates import PROMPT_TEMPLATES, apply_prompt_template
@@ -172,7 +173,7 @@ def test_a_conversation_that_the_template_refuses_is_one_refused_row(
     bad = PreferencePair(({"role": "system", "content": "s"}, MESSAGES[0]), "x", "y", origin="f:2")
     first, refused, last = PairTokenizer(tokenizer).tokenize([PAIR, bad, PAIR])
     assert first == last
-    assert str(refused) == "f:2: prompt: the chat template refuses it (no system message)"
+    assert str(refused) == f"f:2: prompt: the chat template refuses it{FOLD} (no system message)"
     with pytest.raises(UsageError, match="no system message"):
         PairTokenizer(tokenizer).render_prompt_ids(bad.prompt)
 
@@ -246,11 +247,3 @@ def test_the_caller_s_tokenizer_is_left_as_it_was(tokenizers: Callable[[str], An
         len(tokenizer),
         tokenizer("a<|eot_id|>").input_ids,
     )
-
-
-def test_a_template_with_an_opened_thought_keeps_the_thought_out_of_the_answer(chatml: Any) -> None:
-    tokenizer = copy.deepcopy(chatml)
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    pair = tokenize(tokenizer, PreferencePair("q", "yes", "no"))
-    assert tokenizer.decode(pair.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
-    assert tokenizer.decode(pair.chosen_ids) == "yes<|im_end|>"

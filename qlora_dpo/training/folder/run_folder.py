@@ -70,6 +70,11 @@ class RunFolder:
             return {}
         return status
 
+    def chat_template_date(self) -> str | None:
+        """The day that the run's chat template writes, where it writes one."""
+        date: str | None = self.status().get("chat_template_date")
+        return date
+
     def update_status(self, **values: Any) -> None:
         """Merge `values` into run.json, atomically.
 
