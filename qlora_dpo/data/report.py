@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_dpo.data.completions import OPEN_THOUGHT
 from qlora_dpo.data.conversation_tokens import NOTHING_WITHIN_MAX_LENGTH
 from qlora_dpo.data.preferences import RefusedRow
 from qlora_dpo.data.tokenization import EQUAL_AFTER_TRUNCATION
 from qlora_dpo.errors import DataError
 
 _SHOWN_ROWS = 20
+_MANY = 0.01  # share of the rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,22 @@ class DataReport:
     def check(self, bad_rows: str) -> None:
         """Refuse to go on without pairs, or with bad rows unless they are to be skipped.
 
+        Answers that would end inside a thought are never skipped where they are many: it is the template that does not
+        fit to them.
+
         Raises:
             DataError: with the first bad rows and their number.
         """
         bad = self.bad_rows
+        thoughts = [row for row in bad if row.reason.startswith(OPEN_THOUGHT)]
+        if thoughts and len(thoughts) >= _MANY * self.rows_read:
+            raise DataError(
+                f"{len(thoughts)} of {self.rows_read} rows of {self.source} have an answer that would end inside the "
+                "thought that the generation prompt of the chat template opens, so the model would learn not to close "
+                f"it:\n{listed(thoughts, 3)}\nLet the template open no thought (--chat_template_kwargs "
+                "'{\"enable_thinking\": false}' where it can, or another --prompt_template), or give every answer its "
+                "thought (<think>...</think> in front of it)."
+            )
         if bad and bad_rows == "fail":
             raise DataError(
                 f"{len(bad)} of {self.rows_read} rows of {self.source} cannot be trained on:\n"
@@ -125,9 +139,9 @@ def not_read(columns: Sequence[str]) -> list[str]:
     return [f"not read: {', '.join(columns)}"] * bool(columns)
 
 
-def listed(rows: Sequence[RefusedRow]) -> str:
+def listed(rows: Sequence[RefusedRow], shown: int = _SHOWN_ROWS) -> str:
     """The first rows, a line each, and how many more there are."""
-    lines = [f"  {row}" for row in rows[:_SHOWN_ROWS]]
-    if len(rows) > _SHOWN_ROWS:
-        lines.append(f"  ... and {len(rows) - _SHOWN_ROWS} more")
+    lines = [f"  {row}" for row in rows[:shown]]
+    if len(rows) > shown:
+        lines.append(f"  ... and {len(rows) - shown} more")
     return "\n".join(lines)

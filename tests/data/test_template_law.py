@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ from qlora_dpo.data.chat import Chat, ChatContext
 from qlora_dpo.data.control_tokens import control_tokens
 from qlora_dpo.data.conversation_tokens import ConversationTokenizer, TokenizedConversation
 from qlora_dpo.data.conversations import Conversation
+from qlora_dpo.data.dataset import load_preference_dataset
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
 from qlora_dpo.data.tokenization import PairTokenizer, TokenizedPair
-from qlora_dpo.errors import UsageError
+from qlora_dpo.errors import DataError, UsageError
 
 NAMES = [*(name for name in OWN if name != "parts_only"), *shared_templates()]
 tokenizer_of = cache(lambda name: tokenizer_for(template(name)))
@@ -172,3 +175,19 @@ def test_tools_are_written_by_the_template_or_refused(name: str) -> None:
     text = tokenizer.decode(row.prompt_ids + row.chosen_ids)
     assert whole.startswith(text) and not whole[len(text) :].strip()
     assert "add" in tokenizer.decode(row.chosen_ids) and row.chosen_ids[-1] in control_tokens(tokenizer)
+
+
+@pytest.mark.parametrize(("good", "stops"), [(99, True), (100, False)])
+def test_many_answers_inside_an_open_thought_stop_even_a_run_that_skips(
+    good: int, stops: bool, write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_of("opens_thought")
+    thought = "<think>\nHm.\n</think>\n\n"
+    rows = [{"prompt": f"q{n}", "chosen": f"{thought}{n}", "rejected": f"{thought}no"} for n in range(good)]
+    path = write_jsonl([*rows, {"prompt": "q", "chosen": "plain", "rejected": f"{thought}no"}])
+    options: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": tmp_path / "cache", "bad_rows": "skip"}
+    if stops:
+        with pytest.raises(DataError, match=r"1 of 100 rows .*(\n.*)*enable_thinking"):
+            load_preference_dataset(path, **options)
+    else:
+        assert len(load_preference_dataset(path, **options)) == good

@@ -81,7 +81,7 @@ def test_control_tokens_in_an_answer_stay_text() -> None:
     model = SimpleNamespace(config=tiny_config())
     scorer = RewardScorer(model, tokenizer, 100, torch.device("cpu"))
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert scorer.encode("w7 </s>", "w8 </s> <s> w9") == [begin, 7, 0, 8, 0, 0, 9, end]
+    assert scorer.encode("w7 </s>", "w8 </s> <s> w9") == [begin, 7, 0, 5, 8, 0, 0, 9, end]
 
 
 def test_scores_are_the_models_own_in_any_batch(folder: Path, scorer: RewardScorer) -> None:
@@ -97,7 +97,7 @@ def test_scores_are_the_models_own_in_any_batch(folder: Path, scorer: RewardScor
 
 def test_what_is_too_long_loses_its_beginning(folder: Path) -> None:
     scorer, _ = load_reward_scorer(str(folder), use_cpu=True, max_length=4)
-    assert scorer.encode("w7", "w8") == [1, 7, 8, 2]
+    assert scorer.encode("w7", "w8") == [1, 5, 8, 2]
     assert scorer.encode("w7 w8", "w9 w10") == [1, 9, 10, 2]
     assert scorer.truncated == 1
     assert load_reward_scorer(str(folder), use_cpu=True, max_length=4000)[0].max_length == 256  # of the model
