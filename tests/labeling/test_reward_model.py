@@ -99,7 +99,7 @@ def test_what_is_too_long_loses_its_beginning(folder: Path) -> None:
     scorer, _ = load_reward_scorer(str(folder), use_cpu=True, max_length=4)
     assert scorer.encode("w7", "w8") == [1, 5, 8, 2]
     assert scorer.encode("w7 w8", "w9 w10") == [1, 9, 10, 2]
-    assert scorer.truncated == 1
+    assert scorer.truncated == 2
     assert load_reward_scorer(str(folder), use_cpu=True, max_length=4000)[0].max_length == 256  # of the model
 
 
