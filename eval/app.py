@@ -9,15 +9,17 @@ from eval import prompts as prompt_sources
 from eval.compare import config_of, default_folder, load_both
 from eval.options import AppOptions, CompareOptions
 from eval.page.answers import Comparison
-from eval.page.build import build_page, credentials, look
-from eval.page.guard import Guard
+from eval.page.build import build_page, look
 from eval.page.parts import Page
 from eval.page.prompts import Origin, Pick, PromptList
 from eval.page.source import Source, recorded_source
 from eval.page.votes import Ballots
 from eval.page.words import language_of, words_in
-from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.errors import UsageError
 from qlora_dpo.models.loading import choose_device
+from qlora_dpo.pages import serving as pages
+from qlora_dpo.pages.access import credentials
+from qlora_dpo.pages.serving import Served
 from qlora_dpo.scoring.adapter import ScoredAdapter, check_fit, open_adapter, tokenizer_of
 
 
@@ -28,53 +30,15 @@ def serve(options: AppOptions) -> None:
         QloraDpoError: the adapter, the recorded answers, the address or the password cannot be used.
     """
     _check(options)
-    auth = credentials(options.host, options.auth)
+    auth = credentials(options.host, options.auth, options.allowed_hosts)
+    served = Served(options.host, options.port, auth, options.allowed_hosts)
     page = _page_of_adapter(options) if options.adapter else _page_of_recorded(options)
-    blocks = build_page(page)
-    print(f"{page.source.name}: {launch(blocks, host=options.host, port=options.port, auth=auth)} (Ctrl-C ends it)")
-    blocks.block_thread()
-
-
-def launch(blocks: Any, *, host: str, port: int, auth: tuple[str, str] | None) -> str:
-    """Serve a page, until it is closed; returns its address.
-
-    Whatever environment variables say, it is not shared, serves no files and has no open interface.
-
-    Raises:
-        StorageError: the address or the port cannot be opened.
-    """
-    from starlette.middleware import Middleware
-
-    try:
-        _, address, _ = blocks.launch(
-            prevent_thread_lock=True,
-            quiet=True,
-            server_name=host,
-            server_port=port or None,
-            auth=auth,
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            run_history=False,
-            pwa=False,
-            allowed_paths=[],
-            max_file_size="1mb",
-            show_error=False,
-            footer_links=[],
-            app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-            **look(),
-        )
-        return str(address)
-    except OSError as error:
-        raise StorageError(f"{host}, port {port} cannot be opened: {error}. Name another with --port.") from error
+    pages.serve(lambda: build_page(page), served, page.source.name, look)
 
 
 def _check(options: AppOptions) -> None:
     if (options.adapter is None) == (options.recorded is None):
         raise UsageError("name either --adapter (a run, with its model) or --recorded (a comparison, without a model).")
-    if not 0 <= options.port < 65536:
-        raise UsageError(f"--port {options.port}: must be between 0 and 65535.")
     if options.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {options.max_new_tokens}: must be above 0.")
     if options.recorded is not None and (options.base_model or options.use_cpu):

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora_dpo.config.values import Names
+
+_NO_NAMES = Names()
+
 
 @dataclass(frozen=True)
 class AppOptions:
@@ -25,6 +29,10 @@ class AppOptions:
     """Port; 0 takes a free one."""
     auth: bool = False
     """Ask visitors for user and password, which the environment variable QLORA_DPO_APP_AUTH holds as user:password."""
+    allowed_hosts: Names = _NO_NAMES
+    """Names by which the page is reached besides its address, as that of a proxy. Others can reach it then: needs
+    --auth. A page on 127.0.0.1 answers to localhost, 127.0.0.1 and [::1] only; on another address also to the name of
+    the machine, that of --host, and any numeric address."""
     max_new_tokens: int = 256
     """Longest answer that a visitor can ask for."""
     language: Literal["en", "zh", "auto"] = "auto"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_model, with_lora
+from visitors import config_of
 
 from qlora_dpo.cli import main
 from qlora_dpo.models.lora import save_adapter
@@ -71,7 +72,7 @@ def test_served_page_is_local_and_serves_no_files(server: str) -> None:
 
 @pytest.mark.slow
 def test_served_page_answers_twice(server: str) -> None:
-    config = json.loads(fetch(f"{server}/config"))
+    config = config_of(server)
     number = next(row["id"] for row in config["dependencies"] if row["api_name"] == "compare")
     body = {"data": ["w7 w8", 8, 0, 0], "fn_index": number, "session_hash": "s"}
     fetch(f"{server}/gradio_api/queue/join", json.dumps(body).encode())

@@ -24,6 +24,7 @@ FLOORS = [
     "config",
     "endpoint",
     "environment",
+    "pages",
     "objectives",
     "data",
     "models",

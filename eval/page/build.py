@@ -1,8 +1,7 @@
-"""Puts the tabs into one page, and says how it is served: on this machine, without files, one answer at a time."""
+"""Puts the tabs into one page, and says how it looks."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,13 @@ from markupsafe import Markup
 
 from eval.page.blind import blind_tab
 from eval.page.compare import compare_tab
-from eval.page.limits import MAX_WAITING
 from eval.page.parts import Page
 from eval.page.run import Sections, data_tab, release_tab, training_tab
 from eval.page.samples import samples_tab
 from eval.page.text import showable
 from eval.report.page import TEMPLATES
-from qlora_dpo.errors import UsageError
 
 STYLE = Path(__file__).with_name("page.css")
-AUTH = "QLORA_DPO_APP_AUTH"
-SHORTEST_PASSWORD = 8
-LOCAL = {"127.0.0.1", "::1", "localhost"}
 FONTS = [
     "system-ui",
     "-apple-system",
@@ -67,34 +61,11 @@ def build_page(page: Page) -> gr.Blocks:
                 data_tab(page, sections, blocks)
             with gr.Tab(words("tab_release"), id="release"):
                 release_tab(page, sections, blocks)
-    blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
-def credentials(host: str, auth: bool) -> tuple[str, str] | None:
-    """User and password, where they are asked for.
-
-    Raises:
-        UsageError: others could reach the page without them, or they are not set.
-    """
-    if not auth:
-        if host not in LOCAL:
-            raise UsageError(
-                f"--host {host}: others can reach that address, so it needs --auth, with user:password in the "
-                f"environment variable {AUTH}. Or keep 127.0.0.1 and come by `ssh -L 7860:127.0.0.1:7860 THIS_MACHINE`."
-            )
-        return None
-    user, _, password = os.environ.get(AUTH, "").partition(":")
-    if not user or len(password) < SHORTEST_PASSWORD:
-        raise UsageError(
-            f"--auth: set the environment variable {AUTH} to user:password, with a password of at least "
-            f"{SHORTEST_PASSWORD} characters."
-        )
-    return user, password
-
-
 def look() -> dict[str, Any]:
-    """Theme and style, as `launch` takes them; fonts are those of the reader's machine."""
+    """Theme and style, as Gradio takes them; fonts are those of the reader's machine."""
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="gray", font=FONTS, font_mono=MONO, radius_size="lg", text_size="md"
     )

@@ -11,8 +11,6 @@ MAX_PROMPT_CHARACTERS = 8000
 LONGEST_PROMPT = 2048  # tokens
 MAX_SECONDS = 120.0  # of one answer
 MAX_TEMPERATURE = 2.0
-MAX_WAITING = 16  # visitors in the queue
-MAX_REQUEST_BYTES = 1_000_000
 
 
 class Refused(Exception):

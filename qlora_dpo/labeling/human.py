@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from qlora_dpo.config.labeling import HumanOptions
-from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.errors import UsageError
 from qlora_dpo.labeling.annotation import Annotation, View
 from qlora_dpo.labeling.records import finish, load_candidates, open_record
+from qlora_dpo.pages.serving import Served, serve
 
 MOST_ANSWERS = 9  # there are as many keys
 OTHER_ACTIONS = {"0": "Tie  [0]", "s": "Skip  [s]", "u": "Undo  [u]"}
@@ -38,8 +39,7 @@ def label_by_hand(options: HumanOptions) -> None:
     """
     if not _NAME.fullmatch(options.annotator):
         raise UsageError(f"--annotator {options.annotator!r}: use up to 64 letters, digits, spaces and . @ + - _.")
-    if not 0 <= options.port < 65536:
-        raise UsageError(f"--port {options.port}: must be between 0 and 65535.")
+    served = Served(port=options.port)
     candidates = load_candidates(options.candidates, options.bad_rows)
     record = open_record(options.output, "human")
     annotation = Annotation(candidates, record, options.annotator)
@@ -49,19 +49,8 @@ def label_by_hand(options: HumanOptions) -> None:
             f"{MOST_ANSWERS}. Generate fewer, or label by rules, reward_model or judge."
         )
     print(finish(options.output, candidates, record.verdicts()))
-    page = build_page(annotation)
     try:
-        page.queue(max_size=16, default_concurrency_limit=1, api_open=False).launch(
-            server_name="127.0.0.1",
-            server_port=options.port or None,
-            share=False,
-            allowed_paths=[],
-            max_file_size="1mb",
-            show_error=False,
-            footer_links=[],
-        )
-    except OSError as error:
-        raise StorageError(f"port {options.port} cannot be opened: {error}. Name another with --port.") from error
+        serve(lambda: build_page(annotation), served, str(options.output))
     finally:
         print(finish(options.output, candidates, record.verdicts()))
 

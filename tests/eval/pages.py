@@ -1,32 +1,27 @@
-"""Pages over made-up comparisons, and a browser to look at them."""
+"""Pages over made-up comparisons, and how a browser shows them."""
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-import shutil
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
 from comparisons import row
 
 from eval.answers import ANSWERS, AnswerFile, Row
-from eval.app import launch
 from eval.page.answers import Comparison
-from eval.page.build import build_page
+from eval.page.build import build_page, look
 from eval.page.parts import Page
 from eval.page.prompts import PromptList
 from eval.page.source import Source
 from eval.page.votes import Ballots
 from eval.page.words import Language, words_in
+from qlora_dpo.pages import serving as pages
+from qlora_dpo.pages.serving import Served
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENT = 60_000  # milliseconds: the machine may be busy
 
 
@@ -49,27 +44,8 @@ def make_page(source: Source, model: Comparison | None = None, language: Languag
 @contextmanager
 def serving(page: Page, auth: tuple[str, str] | None = None) -> Iterator[str]:
     """The address of a page that is served."""
-    blocks = build_page(page)
-    try:
-        yield launch(blocks, host="127.0.0.1", port=0, auth=auth).rstrip("/")
-    finally:
-        blocks.close(verbose=False)
-        del blocks
-        gc.collect()  # what Gradio leaves open is noticed here, where it is expected, and not when pytest ends
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """A headless Chromium; the test is skipped where there is none."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium (CHROMIUM names one)")
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        try:
-            yield found
-        finally:
-            found.close()
+    with pages.serving(lambda: build_page(page), Served(auth=auth), look) as address:
+        yield address
 
 
 def opened(found: Any, address: str, **context: Any) -> Any:
@@ -84,39 +60,3 @@ def opened(found: Any, address: str, **context: Any) -> Any:
 def open_tab(page: Any, number: int) -> None:
     """Show a tab of the page."""
     page.get_by_role("tab").nth(number).click()
-
-
-class Client:
-    """A visitor without a browser."""
-
-    def __init__(self, address: str, session: str) -> None:
-        self.address, self.session = address, session
-        with urllib.request.urlopen(f"{address}/config", timeout=60) as response:
-            self._events = {one["api_name"]: one["id"] for one in json.load(response)["dependencies"]}
-
-    def join(self, name: str, *values: Any) -> dict[str, Any]:
-        """Queue an event; what the server says about it."""
-        body = {"data": list(values), "fn_index": self._events[name], "session_hash": self.session}
-        with urllib.request.urlopen(self._request("queue/join", body), timeout=60) as response:
-            return dict(json.load(response))
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """What happens to it."""
-        address = f"{self.address}/gradio_api/queue/data?session_hash={self.session}"
-        with urllib.request.urlopen(address, timeout=120) as lines:
-            for line in lines:
-                if line.startswith(b"data: "):
-                    event = json.loads(line.removeprefix(b"data: "))
-                    yield event
-                    if event["msg"] == "process_completed":
-                        return
-
-    def ask(self, name: str, *values: Any) -> dict[str, Any]:
-        """Queue an event and wait for its end."""
-        self.join(name, *values)
-        *_, last = self.events()
-        return last
-
-    def _request(self, route: str, body: dict[str, Any]) -> urllib.request.Request:
-        headers = {"Content-Type": "application/json"}
-        return urllib.request.Request(f"{self.address}/gradio_api/{route}", json.dumps(body).encode(), headers)

@@ -21,8 +21,7 @@ from eval.app import serve
 from eval.options import AppOptions
 from eval.page.answers import Answer, Part
 from eval.page.blind import _view
-from eval.page.build import AUTH, credentials, style
-from eval.page.guard import is_closed
+from eval.page.build import style
 from eval.page.parts import answer_card
 from eval.page.run import CURVES, DATA, RELEASE, Sections, _training
 from eval.page.samples import Filter, _page
@@ -141,24 +140,6 @@ def test_auto_is_the_language_of_the_terminal(
     assert (language_of("en"), language_of("zh")) == ("en", "zh")
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])
-def test_other_addresses_need_a_password(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(AUTH, raising=False)
-    with pytest.raises(UsageError, match=f"--auth.*{AUTH}"):
-        credentials(host, False)
-    for value in ("", "ann", "ann:", ":secret-secret", "ann:short"):
-        monkeypatch.setenv(AUTH, value)
-        with pytest.raises(UsageError, match=AUTH) as error:
-            credentials(host, True)
-        assert value in {"", "ann"} or value not in str(error.value)
-    monkeypatch.setenv(AUTH, "ann:a:long:one")
-    assert credentials(host, True) == ("ann", "a:long:one")
-
-
-def test_this_machine_needs_none() -> None:
-    assert [credentials(host, False) for host in ("127.0.0.1", "::1", "localhost")] == [None] * 3
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -228,26 +209,6 @@ def test_a_run_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
 def test_an_adapter_of_no_run_says_so(tmp_path: Path) -> None:
     page = make_page(recorded_source(make_comparison(tmp_path / "c")))
     assert "no run" in _training(Sections(page.source, page), page.words)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/gradio_api/file=/etc/passwd", "/gradio_api/file/etc/passwd", "/file=../../etc/passwd", "/gradio_api/upload",
-        "/gradio_api/proxy=http://169.254.169.254/", "/gradio_api/FILE=/etc/passwd", "/gradio_api//file=x",
-        "/gradio_api/stream/x", "/custom_component/x", "/assets/../../etc/passwd", "/static/..\\x", "/gradio_api/info",
-    ],
-)  # fmt: skip
-def test_routes_that_read_files_are_closed(path: str) -> None:
-    assert is_closed(path)
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/", "/config", "/assets/index.js", "/theme.css", "/gradio_api/queue/join", "/gradio_api/run/predict", "/login"],
-)
-def test_routes_that_the_page_needs_are_open(path: str) -> None:
-    assert not is_closed(path)
 
 
 def test_the_style_names_both_themes_and_loads_nothing() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from visitors import config_of
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import Interrupted
@@ -197,8 +198,7 @@ def press(address: str, action: str, key: str) -> list[Any]:
         request = urllib.request.Request(f"{address}/{path}", data, {"Content-Type": "application/json"})
         return urllib.request.urlopen(request, timeout=60)
 
-    with fetch("config") as response:
-        rows = json.loads(response.read())["dependencies"]
+    rows = config_of(address)["dependencies"]
     number = next(row["id"] for row in rows if row["api_name"] == action)
     body = {"data": [key] if key or action.startswith("press") else [], "fn_index": number, "session_hash": "s"}
     fetch("gradio_api/queue/join", body).close()
