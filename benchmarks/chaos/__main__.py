@@ -30,6 +30,7 @@ from benchmarks.chaos.corruptions import corruption_rows
 from benchmarks.chaos.full_disk import full_disk_rows
 from benchmarks.chaos.fuzzing import fuzz_rows
 from benchmarks.chaos.kills import crash_rows, kill_rows
+from benchmarks.chaos.pages import page_rows
 from benchmarks.chaos.signals import signal_rows
 from benchmarks.processes import RESULTS
 from qlora_dpo.environment import describe
@@ -53,12 +54,15 @@ class Counts:
     corrupted_runs: int = 6
     full_disks: int = 15
     fuzzed: int = 10_000
+    attacks: int | None = None
+    """On the pages; all of them by default."""
     controls: int = 8
 
 
 RESULT = "chaos.json"
 REDUCED = Counts(
-    kills=2, signals=3, crash_points=1, corruptions=40, corrupted_runs=1, full_disks=1, fuzzed=300, controls=2
+    kills=2, signals=3, crash_points=1, corruptions=40, corrupted_runs=1, full_disks=1, fuzzed=300, attacks=20,
+    controls=2,
 )
 ROWS: dict[str, Callable[[Bench, Counts], list[Row]]] = {
     "kill": lambda bench, counts: kill_rows(bench, counts.kills),
@@ -67,8 +71,12 @@ ROWS: dict[str, Callable[[Bench, Counts], list[Row]]] = {
     "signals": lambda bench, counts: signal_rows(bench, counts.signals),
     "full_disk": lambda bench, counts: full_disk_rows(bench, counts.full_disks),
     "fuzz": lambda bench, counts: fuzz_rows(bench, counts.fuzzed),
+    "pages": lambda bench, counts: page_rows(bench, counts.attacks),
     "control": lambda bench, counts: control_rows(bench, counts.controls),
 }
+
+
+WITHOUT_RUNS = {"fuzz", "pages"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         results["environment"] = call(describe)
         bench = Bench.make(Path(folder), options.seed, options.breakage)
         results["run_seconds"] = {}
-        if options.only != ["fuzz"]:
+        if set(options.only) - WITHOUT_RUNS:
             spawned = max(options.counts.kills, options.counts.signals) >= SPAWNED_EVERY and not options.breakage
             bench.measure(spawned)
             results["run_seconds"] = bench.seconds

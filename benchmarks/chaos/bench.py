@@ -46,6 +46,8 @@ class Row:
     needs_failures: bool = False
     """A control: it must be seen to fail."""
     seconds: float = 0.0
+    tried: list[list[str]] = field(default_factory=list)
+    """What was tried, how, and what came of it, where trials have names."""
 
     @property
     def verdict(self) -> str:

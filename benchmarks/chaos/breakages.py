@@ -90,6 +90,14 @@ def trusts_rows() -> None:
     replace_everywhere(formats.parse_row, careless)
 
 
+def no_guard() -> None:
+    """Serve pages as Gradio does."""
+    from qlora_dpo.pages import guard, serving
+
+    assert serving.Guard is guard.Guard
+    replace_everywhere(guard.Guard, lambda app, hosts, logins: app)
+
+
 BREAKAGES: dict[str, Callable[[], None]] = {
     "no-verification": no_verification,
     "no-random-states": no_random_states,
@@ -97,4 +105,5 @@ BREAKAGES: dict[str, Callable[[], None]] = {
     "deaf": deaf,
     "dies-without-room": dies_without_room,
     "trusts-rows": trusts_rows,
+    "no-guard": no_guard,
 }

@@ -56,7 +56,7 @@ def serve(build: Callable[[], Any], served: Served, title: str, look: Callable[[
     """
     with serving(build, served, look) as address:
         names = "" if served.host in LOCAL else f", by the names {Hosts.of(served.host, served.allowed_hosts)}"
-        print(f"{title}: {address}{names} (Ctrl-C ends it)")
+        print(f"{title}: {address}{names} (Ctrl-C ends it)", flush=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
