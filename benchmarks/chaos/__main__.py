@@ -61,7 +61,14 @@ class Counts:
 
 RESULT = "chaos.json"
 REDUCED = Counts(
-    kills=2, signals=3, crash_points=1, corruptions=40, corrupted_runs=1, full_disks=1, fuzzed=300, attacks=20,
+    kills=2,
+    signals=3,
+    crash_points=1,
+    corruptions=40,
+    corrupted_runs=1,
+    full_disks=1,
+    fuzzed=300,
+    attacks=20,
     controls=2,
 )
 ROWS: dict[str, Callable[[Bench, Counts], list[Row]]] = {

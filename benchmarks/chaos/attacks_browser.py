@@ -10,66 +10,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
-from benchmarks.chaos.attacks import Target
+from benchmarks.chaos.attack import Target
+from benchmarks.chaos.raw_http import connect, read_reply, request
+from qlora_dpo.pages.guard import REFUSALS
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "evil.example"  # which the browser takes for this machine, as after DNS rebinding
-# What scripts of an evil page try: each hands back what it could read or open, or "" where nothing came of it.
-SCRIPTS = {
+# What the scripts of a page try: each hands back what it could read or open, or "" where nothing came of it.
+READ = {
     "read the page": "(await fetch(PAGE + '/')).text()",
     "read the configuration": "(await fetch(PAGE + '/config')).text()",
     "read a file": "(await fetch(PAGE + '/gradio_api/file=SECRET')).text()",
-    "read with the visitor's cookies": "(await fetch(PAGE + '/', {credentials: 'include'})).text()",
-    "take it for a script": (
-        "new Promise((done) => { const made = document.createElement('script'); made.src = PAGE + '/gradio_api/info';"
-        "made.onload = () => done('loaded'); made.onerror = () => done(''); document.head.append(made); })"
-    ),
-    "take its code": (
-        "new Promise((done) => { const made = document.createElement('link'); made.rel = 'stylesheet';"
-        "made.href = PAGE + '/theme.css'; made.onload = () => done('loaded'); made.onerror = () => done('');"
-        "document.head.append(made); })"
-    ),
-    "listen to its events": (
-        "new Promise((done) => { const made = new EventSource(PAGE + '/gradio_api/heartbeat/s');"
-        "made.onopen = () => done('open'); made.onmessage = () => done('event'); made.onerror = () => done(''); })"
-    ),
-    "open a socket": (
-        "new Promise((done) => { const made = new WebSocket(PAGE.replace('http', 'ws') + '/gradio_api/ws');"
-        "made.onopen = () => done('open'); made.onerror = () => done(''); })"
-    ),
-    "show it in a frame": (
-        "new Promise((done) => { const made = document.createElement('iframe'); made.src = PAGE;"
-        "document.body.append(made); setTimeout(() => { try { done(made.contentDocument.body.innerText) }"
-        "catch (error) { done(made.contentWindow.length ? 'frames' : '') } }, 1500); })"
-    ),
-    "look into its window": (
-        "new Promise((done) => { const made = window.open(PAGE); setTimeout(() => {"
-        "try { done(made.document.title) } catch (error) { done('') } }, 1500); })"
-    ),
 }
-# What it sends without a look at the answer: no file may be written, nothing labelled, nobody logged out.
-SENT = {
-    "upload": "fetch(PAGE + '/gradio_api/upload', {method: 'POST', mode: 'no-cors', body: form(300000)})",
-    "upload with cookies": (
-        "fetch(PAGE + '/gradio_api/upload', {method: 'POST', mode: 'no-cors', credentials: 'include', body: form(300000)})"
-    ),
-    "press a button": "fetch(PAGE + '/gradio_api/queue/join', {method: 'POST', mode: 'no-cors', body: JSON.stringify(EVENT)})",
-    "press a button by a beacon": "navigator.sendBeacon(PAGE + '/gradio_api/queue/join', JSON.stringify(EVENT))",
-    "press a button without a type": (
-        "fetch(PAGE + '/gradio_api/queue/join', {method: 'POST', mode: 'no-cors', body: new Blob([JSON.stringify(EVENT)])})"
-    ),
-    "press a button by a form": (
-        "(() => { const made = document.createElement('form'); made.method = 'POST'; made.enctype = 'text/plain';"
-        "made.action = PAGE + '/gradio_api/queue/join'; const name = document.createElement('input');"
-        "name.name = JSON.stringify(EVENT).slice(0, -1) + ',\"x\":\"'; name.value = '\"}'; made.append(name);"
-        "document.body.append(made); made.target = '_blank'; made.submit(); })()"
-    ),
-    "write the code": (
-        "fetch(PAGE + '/gradio_api/vibe-code', {method: 'POST', mode: 'no-cors', body: new Blob(['{\"code\": \"1\"}'])})"
-    ),
-}  # fmt: skip
-FORM = "const form = (size) => { const made = new FormData(); made.append('files', new Blob(['x'.repeat(size)]), 'a.bin'); return made; };"
+LISTEN = (
+    "new Promise((done) => { const made = new EventSource(PAGE + '/gradio_api/heartbeat/s');"
+    "made.onopen = () => done('open'); made.onerror = () => done(''); })"
+)
+LOAD = (
+    "new Promise((done) => { const made = document.createElement('%s'); made.onload = () => done('loaded');"
+    "made.onerror = () => done(''); made.rel = 'stylesheet'; made.%s = PAGE + '%s'; document.body.append(made); })"
+)
+UPLOAD = (
+    "fetch(PAGE + '/gradio_api/upload', {method: 'POST', mode: 'no-cors', credentials: 'include', body: FORM()})"
+    ".then(() => '')"
+)
+PRESS = (
+    "fetch(PAGE + '/gradio_api/queue/join', {method: 'POST', headers: {'content-type': 'application/json'},"
+    "body: JSON.stringify(EVENT)}).then(() => '')"
+)
+FRAME = (
+    "new Promise((done) => { const made = document.createElement('iframe'); made.src = PAGE;"
+    "made.onload = () => done(''); document.body.append(made); })"
+)
+# (where the page with the script comes from, what it tries)
+SCRIPTS = {
+    "another site": {
+        "upload": UPLOAD,
+        "upload by a beacon": "navigator.sendBeacon(PAGE + '/gradio_api/upload', FORM()) && ''",
+        "take its style": LOAD % ("link", "href", "/theme.css"),
+        "take its code": LOAD % ("script", "src", "/static/js/iframeResizer.contentWindow.min.js"),
+        "show it in a frame": FRAME,
+    },
+    "another page of this machine": READ | {"upload": UPLOAD, "press a button": PRESS, "listen": LISTEN},
+    "a name that points here": READ | {"upload": UPLOAD, "press a button": PRESS, "listen": LISTEN},
+}
+FORM = (
+    "() => { const made = new FormData(); made.append('files', new Blob(['x'.repeat(30000)]), 'a.bin'); return made; }"
+)
+BODY = "<!doctype html><title>evil</title><body>"
 
 
 def by_browser(target: Target) -> Iterator[tuple[str, str, list[str]]]:
@@ -78,7 +68,12 @@ def by_browser(target: Target) -> Iterator[tuple[str, str, list[str]]]:
 
     with sync_playwright() as playwright, _evil_site() as port:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", f"--host-resolver-rules=MAP {EVIL} 127.0.0.1"]
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                f"--host-resolver-rules=MAP {EVIL} 127.0.0.1",
+                "--disable-features=LocalNetworkAccessChecks",  # which not every browser has
+            ],
         )
         try:
             yield from _attacks(browser, port, target)
@@ -87,58 +82,58 @@ def by_browser(target: Target) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _attacks(browser: Any, port: int, target: Target) -> Iterator[tuple[str, str, list[str]]]:
-    at_work = browser.new_page()
-    at_work.goto(f"http://localhost:{target.port}/")
-    done = at_work.locator("#label-progress textarea")
-    done.wait_for()
-    at_work.wait_for_function("document.querySelector('#label-progress textarea').value !== ''")
+    places = {
+        "another site": f"http://{EVIL}:{port}/",
+        "another page of this machine": f"http://localhost:{port}/",
+        "a name that points here": f"http://{EVIL}:{target.port}/evil",
+    }
     page = browser.new_page()
-    rebound = page.goto(f"http://{EVIL}:{target.port}/")
-    yield "point its own name here", str(rebound.status), [f"answered {rebound.status}"] * (rebound.status != 421)
-    before = done.input_value()
-    event = {"data": [""], "fn_index": target.event("press_u"), "session_hash": "evil"}
-    for name, script in (SCRIPTS | SENT).items():
-        files = target.files()
-        page.goto(f"http://{EVIL}:{port}/")
-        start = f"const PAGE = 'http://localhost:{target.port}'; const EVENT = {json.dumps(event)}; {FORM}"
-        what = script.replace("SECRET", str(target.secret))
-        got = page.evaluate(f"async () => {{ {start} try {{ return await ({what}) }} catch (error) {{ return '' }} }}")
-        page.wait_for_timeout(200)
-        problems = [f"it got {str(got)[:80]!r}"] * (name in SCRIPTS and bool(got))
-        problems += [f"{target.files() - files} files written"] * (target.files() > files)
-        if name.startswith("press"):
-            problems += ["it was pressed"] * _was_pressed(target)
-        yield name, "nothing" if not problems else problems[0], problems
-    at_work.keyboard.press("1")
-    at_work.wait_for_function(f"document.querySelector('#label-progress textarea').value !== {json.dumps(before)}")
-    said = done.input_value()
-    yield "the person labels on", said, [] if said.startswith("1 of") else [f"the page says {said!r}"]
+    page.route(
+        "**/evil", lambda route: route.fulfill(body=BODY, content_type="text/html")
+    )  # what it was before it moved
+    number = target.event("press_u")
+    for place, scripts in SCRIPTS.items():
+        for name, script in scripts.items():
+            page.goto(places[place])
+            host = EVIL if place == "a name that points here" else "localhost"
+            event = {"data": [""], "fn_index": number, "session_hash": f"{place} {name}"}
+            files, problems = target.files(), []
+            names = f"const PAGE = 'http://{host}:{target.port}', EVENT = {json.dumps(event)}, FORM = {FORM};"
+            what = script.replace("SECRET", str(target.secret))
+            got = page.evaluate(
+                f"async () => {{ {names} try {{ return await ({what}) }} catch (error) {{ return '' }} }}"
+            )
+            page.wait_for_timeout(200)
+            if got and not any(text in got for text in REFUSALS.values()):
+                problems.append(f"it got {str(got)[:60]!r}")
+            problems += ["files were written"] * (target.files() > files)
+            problems += ["it was pressed"] * (script == PRESS and _was_pressed(target, str(event["session_hash"])))
+            problems += ["it was shown"] * any(frame.query_selector("gradio-app") for frame in page.frames)
+            yield f"{name}, from {place}", problems[0] if problems else "nothing", problems
 
 
-def _was_pressed(target: Target) -> bool:
-    """Whether an event of the evil page's session reached the queue."""
-    from benchmarks.chaos.raw_http import connect, read_reply, request
-
+def _was_pressed(target: Target, session: str) -> bool:
+    """Whether an event of a session reached the queue."""
     with connect(target.port) as connection:
         connection.settimeout(1)
-        connection.sendall(request("GET", "/gradio_api/queue/data?session_hash=evil"))
+        connection.sendall(request("GET", f"/gradio_api/queue/data?session_hash={quote(session)}"))
         return b"process_completed" in read_reply(connection).body
+
+
+class _Evil(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(BODY.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 @contextmanager
 def _evil_site() -> Iterator[int]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = b"<!doctype html><title>evil</title><body>"
-            self.send_response(200)
-            self.send_header("content-type", "text/html")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Evil)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.server_port

@@ -1,9 +1,11 @@
-"""The pages under attack, by raw HTTP and by other sites in a real browser; with the guard, and what happens without."""
+"""The pages under attack, by raw HTTP and by other sites in a real browser."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.attacks import PASSWORD, RAW, SECRET, Attack, Target
+from benchmarks.chaos.attack import PASSWORD, SECRET, Attack, Target
+from benchmarks.chaos.attacks import RAW
 from benchmarks.chaos.attacks_browser import CHROMIUM, by_browser
 from benchmarks.chaos.bench import Bench, Row
 from benchmarks.chaos.breakages import BREAKAGES
@@ -23,10 +26,18 @@ from qlora_dpo.pages.access import AUTH
 
 # What Gradio would take for leave to serve more; none of it may reach a page.
 VARIABLES = {
-    "GRADIO_ALLOWED_PATHS": "/", "GRADIO_ROOT_PATH": "https://evil.example", "GRADIO_SERVER_NAME": "0.0.0.0",
-    "GRADIO_SHARE": "True", "GRADIO_NUM_WORKERS": "2", "GRADIO_VIBE_MODE": "1", "GRADIO_PROFILING": "1",
-    "GRADIO_LOCAL_DEV_MODE": "1", "GRADIO_RUN_HISTORY": "True", "GRADIO_MCP_SERVER": "True", "FORWARDED_ALLOW_IPS": "*",
-}  # fmt: skip
+    "GRADIO_ALLOWED_PATHS": "/",
+    "GRADIO_ROOT_PATH": "https://evil.example",
+    "GRADIO_SERVER_NAME": "0.0.0.0",
+    "GRADIO_SHARE": "True",
+    "GRADIO_NUM_WORKERS": "2",
+    "GRADIO_VIBE_MODE": "1",
+    "GRADIO_PROFILING": "1",
+    "GRADIO_LOCAL_DEV_MODE": "1",
+    "GRADIO_RUN_HISTORY": "True",
+    "GRADIO_MCP_SERVER": "True",
+    "FORWARDED_ALLOW_IPS": "*",
+}
 ANSWER = Answer("a", 1, "stop", -1.0, -1.0, -1.0, -1.0, 0.0, 0.1)
 
 
@@ -38,6 +49,7 @@ class ServePage:
     arguments: tuple[str, ...]
 
     def __call__(self) -> int:
+        tempfile.tempdir = os.environ["TMPDIR"]  # the process that this one is forked from has chosen another
         if self.program == "eval":
             from eval.cli import main
         else:
@@ -56,7 +68,7 @@ def page_rows(bench: Bench, count: int | None) -> list[Row]:
         if count is None and CHROMIUM is not None:
             for name, said, problems in by_browser(pages["label"]):
                 row.add(problems, name)
-                row.tried.append([name, "another site in Chromium", said])
+                row.tried.append([name, "Chromium", said])
     ways = Counter(how for _, how, _ in row.tried)
     row.worst = ", ".join(f"{times} by {how}" for how, times in ways.items())
     return [row]
@@ -103,8 +115,15 @@ def commands(folder: Path) -> dict[str, ServePage]:
     AnswerFile(compared, {"adapter": "a"})
     with (compared / ANSWERS).open("a") as file:
         row = Compared(
-            id="0" * 16, prompt="p", category=None, reference_answer=None, origin="p:1", seed=0, before=ANSWER, after=ANSWER
-        )  # fmt: skip
+            id="0" * 16,
+            prompt="p",
+            category=None,
+            reference_answer=None,
+            origin="p:1",
+            seed=0,
+            before=ANSWER,
+            after=ANSWER,
+        )
         file.write(json.dumps(asdict(row)) + "\n")
     return {
         "label": ServePage("qlora_dpo", ("label", "human", *label)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -36,6 +37,7 @@ HEADERS = {
     "x-frame-options": "DENY",
 }
 REFUSALS = {
+    400: "Not an event of this page.",
     403: "A request of another site.",
     404: "Not here.",
     408: "The request took too long.",
@@ -112,7 +114,10 @@ class Guard:
     async def _let_through(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == LOGIN.path:
             send = self._counted(address_of(scope), send)
-        await self._app(scope, _replayed(await _body(Headers(scope), receive), receive), send)
+        body = await _body(Headers(scope), receive)
+        if scope["method"] == "POST" and scope["path"] != LOGIN.path:
+            _check_event(body)
+        await self._app(scope, _replayed(body, receive), send)
 
     def _counted(self, address: str, send: Send) -> Send:
         """Raise a `Refusal` where a client has to wait before it tries another password; see what becomes of this one.
@@ -176,6 +181,20 @@ async def _body(headers: Headers, receive: Receive) -> bytes:
                     return body
     except TimeoutError:
         raise Refusal(408) from None
+
+
+def _check_event(body: bytes) -> None:
+    """Raise a `Refusal` where an event is no JSON, is nested without an end, or has values that claim to be files:
+    Gradio would fetch them from where they say, and keep them."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if any(name in {"meta", "_type"} for name, _ in pairs):
+            raise Refusal(400)
+
+    try:
+        json.loads(body, object_pairs_hook=check)
+    except (ValueError, RecursionError):
+        raise Refusal(400) from None
 
 
 async def _read_past(receive: Receive) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -22,7 +23,7 @@ from qlora_dpo.pages.hosts import LOCAL, Hosts
 from qlora_dpo.pages.logins import Logins
 from qlora_dpo.pages.waiting import share_queue
 
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,23 @@ def serving(build: Callable[[], Any], served: Served, look: Callable[[], dict[st
         StorageError: the address or the port cannot be opened.
     """
     with _bound(served.host, served.port) as listening:
-        app = _app(build, served, look)
+        # Made within the server's event loop: without one, each lock of Gradio's makes a loop that nobody closes.
+        make = partial(_app, build, served, look)
         is_proxied = bool(served.allowed_hosts)
         server = _Server(
             uvicorn.Config(
-                app, http="h11", ws="none", log_level="warning", server_header=False, access_log=False,
-                proxy_headers=is_proxied, forwarded_allow_ips="127.0.0.1", timeout_graceful_shutdown=1,
+                make,
+                factory=True,
+                http="h11",
+                ws="none",
+                log_level="warning",
+                server_header=False,
+                access_log=False,
+                proxy_headers=is_proxied,
+                forwarded_allow_ips="127.0.0.1",
+                timeout_graceful_shutdown=1,
             )
-        )  # fmt: skip
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         _wait_for(server, thread)
@@ -104,12 +114,29 @@ def _app(build: Callable[[], Any], served: Served, look: Callable[[], dict[str, 
 
     blocks = build()
     share_queue(blocks)
+    for event in blocks.fns.values():
+        event.api_visibility = "private"  # Gradio describes all others to whoever comes, before a password is asked for
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
-        app, blocks, "/", server_name=served.host, server_port=served.port, auth=served.auth, root_path="",
-        allowed_paths=[], blocked_paths=["/"], show_error=False, max_file_size=1, ssr_mode=False, mcp_server=False,
-        enable_monitoring=False, run_history=False, pwa=False, footer_links=[], **look(),
-    )  # fmt: skip
+        app,
+        blocks,
+        "/",
+        server_name=served.host,
+        server_port=served.port,
+        auth=served.auth,
+        root_path="",
+        allowed_paths=[],
+        blocked_paths=["/"],
+        show_error=False,
+        max_file_size=1,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        run_history=False,
+        pwa=False,
+        footer_links=[],
+        **look(),
+    )
     return Guard(app, Hosts.of(served.host, served.allowed_hosts), Logins() if served.auth else None)
 
 

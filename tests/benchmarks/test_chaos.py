@@ -33,6 +33,7 @@ BROKEN_BY = {
     "deaf": ("signals", REDUCED),
     "dies-without-room": ("full_disk", REDUCED),
     "trusts-rows": ("fuzz", REDUCED),
+    "no-guard": ("pages", REDUCED),
 }
 
 
