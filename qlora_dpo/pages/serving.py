@@ -3,7 +3,6 @@ more ports where one of them says so, and takes no application around its own.""
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -73,14 +72,15 @@ def serving(build: Callable[[], Any], served: Served, look: Callable[[], dict[st
     with _bound(served.host, served.port) as listening:
         # Made within the server's event loop: without one, each lock of Gradio's makes a loop that nobody closes.
         make = partial(_app, build, served, look)
+        # It is quiet: events of others that fail say so to who sent them, and those of a page in Gradio's own words.
         is_proxied = bool(served.allowed_hosts)
-        server = _Server(
+        server = uvicorn.Server(
             uvicorn.Config(
                 make,
                 factory=True,
                 http="h11",
                 ws="none",
-                log_level="warning",
+                log_level="critical",
                 server_header=False,
                 access_log=False,
                 proxy_headers=is_proxied,
@@ -96,15 +96,6 @@ def serving(build: Callable[[], Any], served: Served, look: Callable[[], dict[st
         finally:
             server.should_exit = True
             thread.join(10)
-
-
-class _Server(uvicorn.Server):
-    """A server that says nothing about the streams of events that it cuts off when it ends."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Give them a moment, which is `timeout_graceful_shutdown`."""
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        await super().shutdown(sockets)
 
 
 def _app(build: Callable[[], Any], served: Served, look: Callable[[], dict[str, Any]]) -> Guard:
