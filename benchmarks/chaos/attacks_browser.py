@@ -56,7 +56,9 @@ SCRIPTS = {
     "another page of this machine": READ | {"upload": UPLOAD, "press a button": PRESS, "listen": LISTEN},
     "a name that points here": READ | {"upload": UPLOAD, "press a button": PRESS, "listen": LISTEN},
 }
-FORM = "() => { const made = new FormData(); made.append('files', new Blob(['x']), 'a.bin'); return made; }"
+FORM = (
+    "() => { const made = new FormData(); made.append('files', new Blob(['x']), Math.random() + '.bin'); return made; }"
+)
 BODY = "<!doctype html><title>evil</title><body>"
 
 
