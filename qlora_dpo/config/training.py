@@ -70,7 +70,8 @@ class DataOptions:
     """A .jsonl, .json, .csv or .parquet file, a folder of these, a save_to_disk folder, a Hub id, or
     modelscope:ORG/NAME; or a mixture of such sources: a .yaml (see `data mix`), or OpenDPO's ratio file."""
     dataset_format: str = "auto"
-    """hh-rlhf, plaintext, messages, opendpo, sharegpt, alpaca; auto looks at the columns."""
+    """hh-rlhf, plaintext, messages, opendpo, sharegpt, alpaca, or a layout of another data set (docs/data.md); auto
+    looks at the columns."""
     dataset_split: str = "train"
     """Split of a folder or Hub dataset."""
     dataset_revision: str | None = None

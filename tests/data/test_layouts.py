@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_formats import NAMES, USER, message, refusal
 
+from qlora_dpo.data.conversations import CONVERSATION_FORMATS
 from qlora_dpo.data.formats import FORMATS, WRITTEN, check_format, detect_format, parse_row
 from qlora_dpo.data.pair_formats.ranked import LEFT_OUT_ANSWERS
 from qlora_dpo.data.pair_formats.votes import NO_COMMON_PROMPT
@@ -135,8 +137,10 @@ def pairs_of(name: str, values: Mapping[str, Any]) -> list[PreferencePair]:
     return [parsed.pair, *parsed.more]
 
 
-def test_every_layout_has_a_row_here() -> None:
+def test_every_layout_has_a_row_here_and_in_the_documents() -> None:
     assert {*ROWS, *VARIANTS} == FORMATS.keys() - WRITTEN.keys()
+    documents = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    assert [name for name in (*FORMATS, *CONVERSATION_FORMATS) if f"`{name}`" not in documents] == []
 
 
 @pytest.mark.parametrize("name", ROWS)
