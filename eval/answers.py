@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import DataError, StorageError, UsageError
+from qlora_dpo.files.guard import check_output, json_with, refuse_inputs
 from qlora_dpo.labeling.record_file import RecordFile, read_lines
 from qlora_dpo.training.folder.run_folder import write_atomically
 
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "summary.json"
 FOLDER = "compare"  # of a run
+IS_SUMMARY = json_with("settings", "prompts", "verdicts", "rates")
 
 # Settings that are kept to be read: another version, or another name of the same weights, goes on with a comparison.
 DISPLAYED = {"versions", "model", "adapter", "prompts", "device"}
@@ -103,9 +106,8 @@ class AnswerFile:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.path = folder / ANSWERS
-        _refuse_foreign(self.path)
         self._settings = settings
-        self._lines = RecordFile(self.path)
+        self._lines = RecordFile(self.path, b'{"settings": ', _settings_of)
         lines = self._lines.new()
         if lines:
             self.began_with = _settings_of(*lines[0])
@@ -138,7 +140,7 @@ class VerdictFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._lines = RecordFile(folder / VERDICTS)
+        self._lines = RecordFile(folder / VERDICTS, b'{"id": ', partial(_count, {}))
         self._verdicts: dict[tuple[str, str, str | None], Verdict] = {}
 
     def add(self, *verdicts: Verdict) -> None:
@@ -211,18 +213,17 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     _write(folder / SUMMARY, text + "\n")
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Look at the first line before anything is cut off."""
-    if not path.exists():
-        return
-    try:
-        with path.open("rb") as file:
-            first = file.readline()
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}; check its rights.") from error
-    beginning = b'{"settings": '
-    if first.endswith(b"\n") or not beginning.startswith(first[: len(beginning)]):  # else a kill tore it
-        _settings_of(f"{path}:1", first)
+def check_folder(folder: Path, inputs: Sequence[str]) -> None:
+    """Refuse a folder whose files would be an input, or are there and not those of a comparison.
+
+    Raises:
+        DataError, UsageError: naming the file.
+    """
+    check_output(folder / SUMMARY, inputs=inputs, is_own=IS_SUMMARY, option=None)
+    for name in (ANSWERS, VERDICTS):
+        refuse_inputs(folder / name, inputs, str(folder / name))
+    if (folder / VERDICTS).exists():
+        VerdictFile(folder)
 
 
 def _settings_of(origin: str, line: bytes) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from eval import prompts as prompt_sources
 from eval.answering import Asked, Both, Way, answer_all
-from eval.answers import DISPLAYED, FOLDER, SUMMARY, AnswerFile, VerdictFile, read_summary, write_summary
+from eval.answers import DISPLAYED, FOLDER, SUMMARY, AnswerFile, VerdictFile, check_folder, read_summary, write_summary
 from eval.options import CompareOptions, VerdictOptions
 from eval.summary import summarize, table
 from eval.verdicts import JUDGE, REWARD_MODEL, check_verdicts, give_verdicts
@@ -52,6 +52,7 @@ def compare(options: CompareOptions, verdicts: VerdictOptions, server: EndpointO
     tokenizer = tokenizer_of(adapter, config)
     asked = ask(adapter, options, tokenizer, settings_of(adapter, config, options))
     folder = options.output or default_folder(adapter)
+    check_folder(folder, [options.prompts] if options.prompts else [])
     file = AnswerFile(folder, asked.settings)
     _refuse_others(file, asked)
     if missing := sum(one.id not in file.rows for one in asked.prompts):

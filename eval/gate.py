@@ -25,6 +25,7 @@ from eval.answers import FOLDER, SUMMARY, read_summary
 from eval.options import GateOptions
 from qlora_dpo.config.checks import nearest
 from qlora_dpo.errors import DataError, QloraDpoError, StorageError
+from qlora_dpo.files.guard import check_output, json_with
 from qlora_dpo.training.folder.run_folder import write_atomically
 
 RECORD = "gate.json"
@@ -80,10 +81,12 @@ def gate(options: GateOptions) -> None:
 
     Raises:
         NotGoodEnough: one does not.
+        UsageError: gate.json beside the summary is something else.
         DataError: a rule cannot be understood.
         StorageError: rules or summary cannot be read: the comparison has not finished.
     """
     folder = folder_of(options.result)
+    check_output(folder / RECORD, is_own=json_with("rules", "holds", "outcomes"), option=None)
     file = options.rules or DEFAULT_RULES
     outcomes = judge(read_rules(file), read_summary(folder), file)
     print("\n".join(table(outcomes)))

@@ -19,6 +19,7 @@ from qlora_dpo.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "errors",
+    "files",
     "redaction",
     "terminal",
     "config",

@@ -27,6 +27,7 @@ from benchmarks.chaos.bench import SPAWNED_EVERY, Bench, Row, call
 from benchmarks.chaos.breakages import BREAKAGES
 from benchmarks.chaos.control import control_rows
 from benchmarks.chaos.corruptions import corruption_rows
+from benchmarks.chaos.foreign import foreign_rows
 from benchmarks.chaos.full_disk import full_disk_rows
 from benchmarks.chaos.fuzzing import fuzz_rows
 from benchmarks.chaos.kills import crash_rows, kill_rows
@@ -79,11 +80,12 @@ ROWS: dict[str, Callable[[Bench, Counts], list[Row]]] = {
     "full_disk": lambda bench, counts: full_disk_rows(bench, counts.full_disks),
     "fuzz": lambda bench, counts: fuzz_rows(bench, counts.fuzzed),
     "pages": lambda bench, counts: page_rows(bench, counts.attacks),
+    "foreign": lambda bench, counts: foreign_rows(bench),
     "control": lambda bench, counts: control_rows(bench, counts.controls),
 }
 
 
-WITHOUT_RUNS = {"fuzz", "pages"}
+WITHOUT_RUNS = {"fuzz", "pages", "foreign"}
 
 
 def main(argv: list[str] | None = None) -> int:

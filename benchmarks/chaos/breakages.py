@@ -98,6 +98,15 @@ def no_guard() -> None:
     replace_everywhere(guard.Guard, lambda app, hosts, logins: app)
 
 
+def writes_anywhere() -> None:
+    """Write over whatever is there, and take every folder with a config.yaml for a run."""
+    from qlora_dpo.files import guard
+    from qlora_dpo.training.folder import owned
+
+    replace_everywhere(guard.check_output, lambda *_, **__: None)
+    replace_everywhere(owned.is_run, lambda path: (path / owned.CONFIG).is_file())
+
+
 BREAKAGES: dict[str, Callable[[], None]] = {
     "no-verification": no_verification,
     "no-random-states": no_random_states,
@@ -106,4 +115,5 @@ BREAKAGES: dict[str, Callable[[], None]] = {
     "dies-without-room": dies_without_room,
     "trusts-rows": trusts_rows,
     "no-guard": no_guard,
+    "writes-anywhere": writes_anywhere,
 }

@@ -21,7 +21,7 @@ from eval.statistics import Interval, wilson
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import StorageError
 from qlora_dpo.labeling.record_file import RecordFile
-from qlora_dpo.labeling.records import Candidates, Record, Verdict, now, record_path
+from qlora_dpo.labeling.records import Candidates, Record, Verdict, now, record_path, refuse_unlabelled
 
 PAIRS = "votes.jsonl"
 PAGE_VERSION = "app 1"
@@ -164,7 +164,8 @@ class Ballots:
         self._record = self._record or Record(record_path(self.pairs))
         self._record.add(Verdict(item.key, chosen, rejected, (), 1.0, "human", PAGE_VERSION, now(), voter, detail))
         if chosen is not None:
-            RecordFile(self.pairs).append(_pair_line(ballot, winner, item.key, voter))
+            pairs = RecordFile(self.pairs, b'{"prompt": ', refuse_unlabelled)
+            pairs.append(_pair_line(ballot, winner, item.key, voter))
         if ballot.row is not None and self._comparison is not None:
             verdict = ComparisonVerdict(ballot.row.id, "human", winner, None, detail, PAGE_VERSION, now(), voter)
             VerdictFile(self._comparison).add(verdict)

@@ -7,9 +7,11 @@ from eval.report.page import page_of
 from eval.report.png import draw_pictures
 from eval.report.run import read_run
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.files.guard import check_output, marked
+from qlora_dpo.training.folder.owned import is_run
 from qlora_dpo.training.folder.run_folder import write_atomically
 
-PAGE = "report.html"
+PAGE, PAGE_MARK = "report.html", b'<meta name="generator" content="qlora_dpo">'
 
 
 def report(options: ReportOptions) -> None:
@@ -23,12 +25,14 @@ def report(options: ReportOptions) -> None:
     if price is not None and not 0 <= price < float("inf"):
         raise UsageError(f"--gpu_price_per_hour {price}: must be at least 0.")
     run = read_run(options.run, options.comparison)
-    page = page_of(run, language=options.language, price_per_hour=price)
     output = options.output or options.run / PAGE
+    if options.output is not None or not is_run(options.run):
+        check_output(output, is_own=marked(PAGE_MARK))
+    page = page_of(run, language=options.language, price_per_hour=price)
     try:
+        pictures = [] if options.png is None else draw_pictures(run, options.png, options.language)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, page)
-        pictures = [] if options.png is None else draw_pictures(run, options.png, options.language)
     except OSError as error:
         raise StorageError(
             f"{error.filename or output} cannot be written: {error.strerror or error}. Name another file with --output."

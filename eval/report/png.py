@@ -10,6 +10,8 @@ from eval.report.curves import charts
 from eval.report.run import Run
 from eval.report.svg import Chart, Line, is_logarithmic
 from eval.report.words import Language, words_in
+from qlora_dpo.files.atomic import PNG_MARK, save_picture
+from qlora_dpo.files.guard import check_output, marked
 
 COLORS = {1: "#2563c9", 2: "#d4572a", 3: "#0f7f6c", 4: "#a8327e"}
 
@@ -19,13 +21,15 @@ def draw_pictures(run: Run, folder: Path, language: Language = "en") -> list[Pat
 
     Raises:
         OSError: the folder cannot be written.
+        UsageError: it holds a picture of that name that this command did not draw.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, chart in charts(run, words_in(language)).items():
-        files.append(folder / f"{name}.png")
-        _draw(chart, files[-1])
-    return files
+    drawn = {folder / f"{name}.png": chart for name, chart in charts(run, words_in(language)).items()}
+    for file in drawn:
+        check_output(file, is_own=marked(PNG_MARK), option="png")
+    for file, chart in drawn.items():
+        _draw(chart, file)
+    return list(drawn)
 
 
 def _draw(chart: Chart, file: Path) -> None:
@@ -48,7 +52,7 @@ def _draw(chart: Chart, file: Path) -> None:
     axes.legend(prop={"family": fonts}, frameon=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font with Chinese characters on this machine
-        figure.savefig(file, dpi=120, format="png")
+        save_picture(figure, file, dpi=120)
 
 
 def _draw_line(axes: Any, line: Line) -> None:

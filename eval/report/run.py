@@ -17,6 +17,7 @@ import yaml
 
 from eval.answers import ANSWERS, FOLDER, SUMMARY, Row, Verdict, read_answers, read_summary, read_verdicts
 from qlora_dpo.errors import QloraDpoError, StorageError
+from qlora_dpo.training.folder.owned import NEW
 from qlora_dpo.training.folder.run_folder import CARD, CONFIG, METRICS, SAMPLES, STATUS
 from qlora_dpo.training.folder.run_lock import LOCK
 
@@ -193,7 +194,7 @@ def _state(path: Path, status: dict[str, Any], holder: dict[str, Any]) -> State:
         return "going"
     if status.get("status") == "finished":
         return "finished"
-    return "stopped" if status else "new"
+    return "new" if status.get("status", NEW) == NEW else "stopped"
 
 
 def _is_alive(path: Path, holder: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,9 @@ from qlora_dpo.data.preferences import Message, NoPlaceError, PreferencePair, Re
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.data.report import account_of, listed, not_read
 from qlora_dpo.errors import DataError, StorageError, UsageError
+from qlora_dpo.files.guard import check_output, lines_with
+
+_IS_REFUSED_LIST = lines_with(lambda row: row.keys() == {field.name for field in fields(RefusedRow)})
 
 
 def convert(pairs: PairFileOptions, options: ConvertOptions) -> None:
@@ -57,8 +60,8 @@ class Conversion:
 
     @property
     def refused_file(self) -> Path:
-        """Where the refused rows are listed; its name is not that of a file of rows."""
-        return self.output.with_name(f"{self.output.name}.refused")
+        """Where the refused rows are listed."""
+        return refused_file(self.output)
 
     def run(self, rows: Iterable[PreferencePair | RefusedRow], add: AddRow) -> None:
         """Write each row that can be written."""
@@ -133,6 +136,11 @@ class Conversion:
         return lines
 
 
+def refused_file(output: Path) -> Path:
+    """The list of refused rows beside a file of rows; its name is not that of such a file."""
+    return output.with_name(f"{output.name}.refused")
+
+
 def _check(pairs: PairFileOptions, options: ConvertOptions) -> None:
     check_format(options.to, "to")
     for name in options.drop:
@@ -145,9 +153,8 @@ def _check(pairs: PairFileOptions, options: ConvertOptions) -> None:
             f"--output {options.output}: a CSV file holds text only, and an answer in {options.to} is a message. "
             "Choose another suffix, or --to plaintext."
         )
-    source, output = Path(pairs.file).expanduser().resolve(), options.output.resolve()
-    if source.exists() and source in (output, *output.parents):
-        raise UsageError(f"--output {options.output} is where the rows come from; name a file elsewhere.")
+    check_output(options.output, inputs=[pairs.file])
+    check_output(refused_file(options.output), inputs=[pairs.file], is_own=_IS_REFUSED_LIST, option=None)
 
 
 def _without_system(pair: PreferencePair) -> PreferencePair:

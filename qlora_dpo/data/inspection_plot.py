@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.inspection import PARTS
+from qlora_dpo.files.atomic import save_picture
 
 _SHOWN = 10
 
@@ -29,7 +30,7 @@ def draw_inspection(found: Mapping[str, Any], output: Path) -> None:
     _draw_counts(languages, f"Languages of {found['languages']['sampled']:,} answers", found["languages"]["answers"])
     title = f"{Path(found['source']).name}: {found['pairs']:,} pairs from {found['rows']:,} rows"
     figure.suptitle(title.encode("ascii", "replace").decode())  # matplotlib's font has few scripts
-    figure.savefig(output, dpi=110, format="png")
+    save_picture(figure, output, dpi=110)
 
 
 def _draw_lengths(axes: Any, found: Mapping[str, Any], parts: tuple[str, ...]) -> None:

@@ -32,6 +32,7 @@ from qlora_dpo.data.report import account_of, listed
 from qlora_dpo.data.unclear import LABELS, RATINGS
 from qlora_dpo.data.values import Values, kind
 from qlora_dpo.errors import DataError, UsageError
+from qlora_dpo.files.guard import check_output
 
 _LABELS = {"true": 1.0, "false": 0.0}
 
@@ -116,6 +117,7 @@ def pair(options: UnpairedOptions) -> None:
     if file_kind(options.output) is None or is_flat(options.output):
         nested = ", ".join(suffix for suffix in WRITERS if suffix != ".csv")
         raise UsageError(f"--output {options.output}: messages are written, so its name must end with one of {nested}.")
+    check_output(options.output, inputs=[options.file])
     if options.dataset_format != "auto":
         check_conversation_format(options.dataset_format)
     source = open_source(

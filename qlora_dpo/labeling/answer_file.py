@@ -32,8 +32,7 @@ class AnswerFile:
         self.file = file
         self._prompts = {prompt.number: prompt for prompt in prompts}
         self._settings, self._n = settings, n
-        _refuse_foreign(file)
-        self._lines = RecordFile(file)
+        self._lines = RecordFile(file, b'{"prompt": ', _refuse_foreign)
         self.rows: dict[int, dict[str, Any]] = {}
         for origin, line in self._lines.new():
             number, row = self._read(origin, line)
@@ -88,22 +87,14 @@ class AnswerFile:
         return number, row
 
 
-def _refuse_foreign(file: Path) -> None:
-    """Look at the first line before anything is cut off."""
-    if not file.exists():
-        return
+def _refuse_foreign(origin: str, line: bytes) -> None:
     try:
-        with file.open("rb") as lines:
-            first = lines.readline()
-    except OSError as error:
-        raise StorageError(f"{file} cannot be read: {error.strerror or error}; check its rights.") from error
-    try:
-        row = json.loads(first)
-        is_own = isinstance(row, dict) and "generation" in row
-    except ValueError:  # a first row that a kill tore
-        is_own = not first.endswith(b"\n") and b'{"prompt": '.startswith(first[:11])
+        row = json.loads(line)
+        is_own = isinstance(row, dict) and "row" in row["generation"] and "answers" in row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_own = False
     if not is_own:
-        raise DataError(f"{file} holds something else than answers. Name another --output.")
+        raise DataError(f"{origin.removesuffix(':1')} holds something else than answers. Name another --output.")
 
 
 def _as_json(prompt: Any) -> Any:

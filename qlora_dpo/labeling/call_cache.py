@@ -7,12 +7,14 @@ import json
 import secrets
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from qlora_dpo.endpoint import Endpoint, Reply
 from qlora_dpo.errors import StorageError
 
+_MAGIC = b"SQLite format 3\0"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS secret (value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT NOT NULL,
@@ -29,6 +31,11 @@ class CallCache:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        if file.exists() and (not file.is_file() or (file.stat().st_size and not is_call_cache(file))):
+            raise StorageError(
+                f"the file of calls {file} is something else, which is left alone. Name another with --cache, or move "
+                "it away."
+            )
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(file, timeout=60, isolation_level=None)
@@ -108,6 +115,20 @@ class CachedChat:
             return line
         cost = sum(count * (price or 0) for count, price in zip(tokens, self._prices, strict=True)) / 1e6
         return f"{line}, cost {cost:.4f}"
+
+
+def is_call_cache(file: Path) -> bool:
+    """Whether a file holds calls: an SQLite file with no other tables. It is read only, and nothing is made beside
+    it."""
+    try:
+        with file.open("rb") as opened:
+            if opened.read(len(_MAGIC)) != _MAGIC:
+                return False
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?immutable=1", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except (OSError, sqlite3.Error):
+        return False
+    return tables <= {"secret", "calls"}  # none, where a kill left them in the log beside it
 
 
 def calls_path(output: Path) -> Path:

@@ -23,8 +23,9 @@ from qlora_dpo.config.labeling import (
 from qlora_dpo.data.preferences import RefusedRow
 from qlora_dpo.endpoint import Endpoint, RequestRefused
 from qlora_dpo.errors import ResourceError, UsageError
+from qlora_dpo.files.guard import refuse_inputs
 from qlora_dpo.labeling.answer_file import AnswerFile, Answers
-from qlora_dpo.labeling.call_cache import CachedChat, CallCache, calls_path
+from qlora_dpo.labeling.call_cache import CachedChat, CallCache, calls_path, is_call_cache
 from qlora_dpo.labeling.prompts import PromptRow, load_prompts
 from qlora_dpo.labeling.refused import report_refused
 
@@ -74,6 +75,7 @@ def answer(
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
     }
+    refuse_inputs(output, [source], f"--output {output}")
     file = AnswerFile(output, prompts, settings, n)
     missing = [prompt for prompt in prompts if prompt.number not in file.rows]
     if file.rows:
@@ -90,7 +92,8 @@ def answer(
             refused.append(row) if isinstance(row, RefusedRow) else file.add(*row)
     file.finish()
     report_refused(source, refused, len(prompts) - len(refused), sampling.bad_rows)
-    calls_path(output).unlink(missing_ok=True)  # all of it stands in the output now
+    if is_call_cache(calls_path(output)):
+        calls_path(output).unlink()  # all of it stands in the output now
     return file.rows
 
 

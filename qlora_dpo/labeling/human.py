@@ -41,7 +41,7 @@ def label_by_hand(options: HumanOptions) -> None:
         raise UsageError(f"--annotator {options.annotator!r}: use up to 64 letters, digits, spaces and . @ + - _.")
     served = Served(port=options.port)
     candidates = load_candidates(options.candidates, options.bad_rows)
-    record = open_record(options.output, "human")
+    record = open_record(options.output, "human", options.candidates)
     annotation = Annotation(candidates, record, options.annotator)
     if annotation.longest > MOST_ANSWERS:
         raise UsageError(

@@ -35,7 +35,7 @@ def label_by_judge(options: JudgeOptions, server: EndpointOptions) -> None:
         server.endpoint, server.endpoint_model or "", server.concurrency, server.timeout, server.retries
     )
     candidates = load_candidates(options.candidates, options.bad_rows)
-    record = open_record(options.output, "judge")
+    record = open_record(options.output, "judge", options.candidates)
     chat = CachedChat(
         endpoint,
         CallCache(options.cache or calls_path(options.output)),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_dpo.errors import StorageError
+from qlora_dpo.errors import DataError, StorageError
+from qlora_dpo.files.guard import open_own
 
 _BLOCK = 4096  # bytes
 
@@ -18,13 +20,18 @@ _BLOCK = 4096  # bytes
 class RecordFile:
     """Appends whole lines under the kernel's lock, and yields each line once.
 
+    `check` is given the first line with its `file:line`, and raises DataError where it is none of this kind of file;
+    `beginning` is what every first line begins with. Nothing is cut off, and no file is made, before they were asked.
+
     Raises:
+        DataError: the file is something else.
         StorageError: the file cannot be opened, read or written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, beginning: bytes, check: Callable[[str, bytes], object]) -> None:
+        self._path, self._beginning, self._check = path, beginning, check
         self._threads = threading.Lock()  # the kernel's lock is one for all threads of a process
+        self._is_own = False
         self._read_to = 0
         self._lines = 0
         with self._opened():
@@ -54,9 +61,10 @@ class RecordFile:
         with self._threads:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with io.FileIO(self._path, "a+") as file:
+                with io.FileIO(self._path, "a+", opener=lambda _, flags: open_own(self._path, flags)) as file:
                     with suppress(OSError):  # some network file systems have no locks
                         fcntl.flock(file, fcntl.LOCK_EX)  # ends with the closing of the file
+                    self._refuse_foreign(file)
                     file.truncate(_end_of_lines(file))
                     yield file
             except OSError as error:
@@ -64,6 +72,34 @@ class RecordFile:
                     f"{self._path} cannot be written: {error.strerror or error}. Make room there, or name another "
                     "--output, and run the same command again."
                 ) from error
+
+    def _refuse_foreign(self, file: io.FileIO) -> None:
+        """Look at the first line before anything is cut off; once, for a file only grows."""
+        if self._is_own:
+            return
+        first = _first_line(file)
+        if first.endswith(b"\n") or _is_json(first):
+            self._check(f"{self._path}:1", first)
+            self._is_own = True
+        elif not self._beginning.startswith(first[: len(self._beginning)]):  # else a kill tore it
+            raise DataError(f"{self._path}: not a line of this command, so this file is something else. Move it away.")
+
+
+def _first_line(file: io.FileIO) -> bytes:
+    """With its newline, where it has one."""
+    file.seek(0)
+    line = b""
+    while b"\n" not in line and (block := file.read(_BLOCK)):
+        line += block
+    return line[: line.find(b"\n") + 1] or line
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_lines(path: Path) -> list[tuple[str, bytes]]:

@@ -11,10 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qlora_dpo.errors import DataError, StorageError, UsageError
+from qlora_dpo.files.guard import check_output, lines_with, refuse_inputs
 from qlora_dpo.labeling.candidates import Candidates, load_candidates, read_candidates
 from qlora_dpo.labeling.record_file import RecordFile, read_lines
 from qlora_dpo.training.folder.run_folder import write_atomically
@@ -90,7 +92,7 @@ class Record:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._verdicts: Verdicts = {}
-        self._lines = RecordFile(file)
+        self._lines = RecordFile(file, b'{"key": ', partial(_apply, {}))
         self.verdicts()
 
     def add(self, *verdicts: Verdict) -> None:
@@ -116,14 +118,18 @@ def record_path(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.labels.jsonl")
 
 
-def open_record(output: Path, method: str) -> Record:
-    """The record beside an output file, which one method of labelling fills.
+def open_record(output: Path, method: str, source: str) -> Record:
+    """The record beside an output file, which one method of labelling fills; `source` is what is labelled.
 
     Raises:
-        UsageError: the output is no .jsonl file, or another method has filled its record.
+        DataError: what is there under the name of the record is something else.
+        UsageError: the output is no .jsonl file, is the source, or is there and holds something else than labelled
+            pairs; or another method has filled its record.
     """
     if output.suffix != ".jsonl":
         raise UsageError(f"--output {output}: pairs are written as JSON Lines, so its name must end with .jsonl.")
+    check_output(output, inputs=[source], is_own=lines_with(_is_labelled))
+    refuse_inputs(record_path(output), [source], str(record_path(output)))
     record = Record(record_path(output))
     others = {verdict.method for verdict in record.verdicts().values()} - {method}
     if others:
@@ -218,6 +224,25 @@ def _apply(verdicts: Verdicts, origin: str, line: bytes) -> None:
             f"{origin}: not a verdict ({error}); remove this line, or start with another output."
         ) from error
     verdicts[verdict.key, verdict.annotator] = verdict
+
+
+def refuse_unlabelled(origin: str, line: bytes) -> None:
+    """Refuse a line that is no pair of a labeller's.
+
+    Raises:
+        DataError: naming it.
+    """
+    try:
+        is_own = _is_labelled(json.loads(line))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_own = False
+    if not is_own:
+        raise DataError(f"{origin}: not a labelled pair, so this file is something else. Move it away.")
+
+
+def _is_labelled(row: Mapping[str, Any]) -> bool:
+    """Whether a row says who labelled it, as a labeller's pairs do."""
+    return bool(row["label"].keys() >= {"method", "version", "time", "key"})
 
 
 def _pair_row(item: Candidates, verdict: Verdict, as_messages: bool) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def label_by_reference(
         reference_answer_key=options.reference_answer_key,
         category_key=options.category_key,
     )
-    record = open_record(options.output, "reference")
+    record = open_record(options.output, "reference", options.questions)
     answerable = [row for row in questions if row.reference_answer is not None]
     left_out = Counter({NO_REFERENCE: len(questions) - len(answerable)})
     print(f"{options.questions}: {len(answerable):,} of {len(questions):,} rows have a reference answer.")

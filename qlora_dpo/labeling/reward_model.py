@@ -21,7 +21,7 @@ def label_by_reward_model(options: RewardModelOptions) -> None:
     """
     _check(options)
     candidates = load_candidates(options.candidates, options.bad_rows)
-    record = open_record(options.output, "reward_model")
+    record = open_record(options.output, "reward_model", options.candidates)
     scorer, version = load_reward_scorer(
         options.reward_model,
         revision=options.model_revision,

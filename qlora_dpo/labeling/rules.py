@@ -26,7 +26,7 @@ def label_by_rules(options: RulesOptions) -> None:
     rules, version = read_rules(options.rules)
     version = f"{version} min_margin={options.min_margin:g}"
     candidates = load_candidates(options.candidates, options.bad_rows)
-    record = open_record(options.output, "rules")
+    record = open_record(options.output, "rules", options.candidates)
     items = pending(candidates, record.verdicts(), version=version)
     with tqdm(total=len(items), desc="scoring", unit=" sets", delay=1, leave=False) as bar:
         for start in range(0, len(items), _AT_ONCE):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from qlora_dpo.config.reference import StoreExportOptions, StoreImportOptions, StoreInfoOptions
 from qlora_dpo.errors import DataError, StorageError
+from qlora_dpo.files.guard import check_output
 from qlora_dpo.reference.store import Logps, ModelIdentity, ModelRows, ReferenceStore, StoredModel, why_no_logps
 
 BATCH = 10_000  # rows
@@ -64,7 +65,9 @@ def export(options: StoreExportOptions) -> None:
 
     Raises:
         StorageError: it cannot be read, or the file not written.
+        UsageError: the file is the store, or not an export.
     """
+    check_output(options.output, inputs=store_files(options.store), is_own=_is_export)
     with ReferenceStore.open(options.store, read_only=True) as store:
         models = store.models()
         described = {model.identity.fingerprint: model.identity.description for model in models}
@@ -76,6 +79,14 @@ def export(options: StoreExportOptions) -> None:
         f"{written:,} completions of {count_models(models)} are in {options.output}"
         + (f"; {damaged:,} damaged ones were left out" if damaged else "")
     )
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        with pq.ParquetFile(path) as file:
+            return _MODELS in (file.schema_arrow.metadata or {})
+    except pa.ArrowInvalid:
+        return False
 
 
 def _export_model(rows: ModelRows, writer: pq.ParquetWriter, schema: pa.Schema) -> int:

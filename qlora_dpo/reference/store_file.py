@@ -79,6 +79,8 @@ def _is_new(path: Path) -> bool:
         return True
     if path.is_dir():
         raise StorageError(f"{path} is a folder. Name the file of a reference store, such as {path / 'store.sqlite'}.")
+    if not path.is_file():
+        raise StorageError(f"{path} is a device. Name the file of a reference store.")
     with path.open("rb") as file:
         header = file.read(_HEADER)
     if not header:

@@ -10,7 +10,8 @@ import torch
 
 from qlora_dpo.config.release import AdapterExportOptions
 from qlora_dpo.errors import ModelError
-from qlora_dpo.release.artefact import Artefact, open_artefact, refuse_used, tokenizer_of
+from qlora_dpo.files.guard import refuse_used_folder
+from qlora_dpo.release.artefact import Artefact, open_artefact, tokenizer_of
 from qlora_dpo.release.cards.card import write_card
 from qlora_dpo.release.staging import require_space, staged
 from qlora_dpo.training.trained_on import BASE_HELD
@@ -25,7 +26,7 @@ def export_adapter(options: AdapterExportOptions) -> None:
         StorageError, ModelError: the adapter or its tokenizer cannot be read, or the folder cannot be written.
         UsageError: the run is unfinished, or the output folder is in use.
     """
-    refuse_used(options.output)
+    refuse_used_folder(options.output)
     refuse_whole_model(options.adapter)
     artefact = open_artefact(options.adapter, allow_unfinished=options.allow_unfinished)
     source = artefact.adapter / WEIGHTS

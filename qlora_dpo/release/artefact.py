@@ -75,16 +75,6 @@ def say_what_is_assumed(artefact: Artefact) -> None:
         )
 
 
-def refuse_used(output: Path) -> None:
-    """Refuse an --output that is a file or holds something.
-
-    Raises:
-        UsageError: naming it.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"--output {output} is in use. Name a new or empty folder.")
-
-
 def locate_base(artefact: Artefact) -> Path:
     """The folder with the base's config and safetensors, downloaded where it is a Hub model.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,11 @@ from pathlib import Path
 from qlora_dpo.errors import StorageError
 from qlora_dpo.training.folder.checkpoints import disk_errors, sync
 
+# What a killed command may have left: a model's files, whole or not, and folders of candidates and offloaded weights.
+_LEFT = re.compile(
+    r"[\w.-]+\.(safetensors|json|jinja|model|txt|gguf|md|tmp)|Modelfile|\.tmp\w+|\.offload-\w+|(train|original), \w+"
+    r"|additional_chat_templates"
+)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -68,9 +74,13 @@ def sync_folder(folder: Path) -> None:
 def _claimed(staging: Path) -> int:
     """Make the folder anew, for this process alone: the open descriptor holds it until the process ends."""
     staging.mkdir(parents=True, exist_ok=True)
-    held = os.open(staging, os.O_RDONLY)
+    held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         _lock(held, staging)
+        if foreign := [path for path in staging.iterdir() if not _LEFT.fullmatch(path.name)]:
+            raise StorageError(
+                f"{foreign[0]} is of no unfinished command. Move {staging} away, and repeat the command."
+            )
         for leftover in staging.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)

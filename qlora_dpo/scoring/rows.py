@@ -18,9 +18,11 @@ from qlora_dpo.data.linting.preview import token_text
 from qlora_dpo.data.preferences import PreferencePair
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.files.guard import check_output, json_with
 from qlora_dpo.reference.fill import keys_of
 from qlora_dpo.reference.implicit_rewards import Scored
 from qlora_dpo.reference.store import Logps, ModelRows
+from qlora_dpo.scoring.report import summary_path
 from qlora_dpo.terminal import visible
 from qlora_dpo.training.data import TrainingData
 
@@ -28,21 +30,20 @@ KINDS = (".jsonl", ".jsonl.gz", ".parquet")
 SHOWN = 10  # rows on the terminal
 LONGEST = 100  # characters of a text there
 _DIGITS = 6  # of a token's log-prob in a file
+_IS_SUMMARY = json_with("adapter", "margin_of", "flipped_labels")
 
 
-def refuse_output(output: Path) -> None:
+def refuse_output(output: Path, dataset: str) -> None:
     """Find out before anything is computed whether the rows can be written.
 
     Raises:
-        UsageError: the name says no kind of file, or there is a file already.
+        UsageError: the name says no kind of file, or there is a file already, or it is where the pairs are.
         StorageError: nothing can be written there.
     """
     if file_kind(output) not in KINDS:
         raise UsageError(f"--output {output}: its name must end with one of {', '.join(KINDS)}.")
-    if output.exists():
-        raise UsageError(
-            f"--output {output} exists. Name another file, or delete it: what was computed for it is in the store."
-        )
+    check_output(output, inputs=[dataset], hint=": what was computed for it is in the store")
+    check_output(summary_path(output), inputs=[dataset], is_own=_IS_SUMMARY, option=None)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK | os.X_OK):

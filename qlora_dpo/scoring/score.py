@@ -45,7 +45,7 @@ def score(config: TrainConfig, options: ScoreOptions, ray: RayOptions) -> None:
     Raises:
         QloraDpoError: one of its kinds, each saying what happened, why, and what to do.
     """
-    refuse_output(options.output)
+    refuse_output(options.output, str(config.data.dataset))
     refuse_unusable_store(options.store)
     adapter = None if options.adapter == NONE else open_adapter(options.adapter)
     if adapter is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,14 @@ from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.files.atomic import PNG_MARK
+from qlora_dpo.files.guard import IsOwn, check_output, json_with, marked
 from qlora_dpo.terminal import print_colored
 from qlora_dpo.training.folder.run_folder import write_atomically
 from qlora_dpo.training.linting import refuse_errors
+
+_IS_INSPECTION = json_with("source", "length_bias", "training")
+_IS_LINT = json_with("files", "blocking", "rules")
 
 
 def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOptions) -> None:
@@ -38,6 +43,7 @@ def inspect(pairs: PairFileOptions, tokens: TokenOptions, options: InspectOption
         raise UsageError(
             f"{pairs.file} is a mixture: `data mix` says what it is made of; inspect its sources one by one."
         )
+    _check_results([pairs.file], json=(options.json, _IS_INSPECTION), png=(options.png, marked(PNG_MARK)))
     tokenizer = load_tokenizer_of(tokens)
     if tokenizer is not None:
         dataset = _tokenized(pairs, tokens, tokenizer)
@@ -79,6 +85,7 @@ def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> 
     for name, number in (("show_rows", options.show_rows), ("preview", options.preview)):
         if number < 0:
             raise UsageError(f"--{name} {number}: must be at least 0.")
+    _check_results([pairs.file, options.eval_dataset], json=(options.json, _IS_LINT))
     tokenizer = load_tokenizer_of(tokens)
     if tokenizer is None and options.preview:
         raise UsageError("--preview shows tokens: name their tokenizer with --model_name_or_path or --tokenizer.")
@@ -209,6 +216,13 @@ def _training(found: dict[str, Any], options: InspectOptions) -> dict[str, Any]:
         "tokens_per_second": rate,
         "hours": None if rate is None or tokens is None else round(tokens / rate / 3600, 4),
     }
+
+
+def _check_results(inputs: Sequence[str | None], **results: tuple[Path | None, IsOwn]) -> None:
+    """Refuse files for results, by option, that are inputs or another program's."""
+    for option, (file, is_own) in results.items():
+        if file is not None:
+            check_output(file, inputs=[name for name in inputs if name], is_own=is_own, option=option)
 
 
 def _write(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from qlora_dpo.config.training import TrainConfig, quantization_of
 from qlora_dpo.data.template_clock import pinned_date
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.environment import describe
-from qlora_dpo.errors import StorageError
+from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.models.activation_checkpointing import set_activation_checkpointing
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
@@ -81,6 +81,7 @@ def train(config: TrainConfig) -> Trained | None:
     Raises:
         QloraDpoError: one of its kinds, each saying what happened, why, and what to do.
     """
+    _refuse_inputs(config)
     with joined(config.model.use_cpu) as (ranks, device), open_run(config, ranks) as run:
         return train_in(run, config, device, ranks)
 
@@ -153,14 +154,30 @@ def objective_of(config: TrainConfig) -> Objective | SupervisedObjective:
     )
 
 
+def _refuse_inputs(config: TrainConfig) -> None:
+    """Refuse a run folder that holds what the run reads, which it would write over or, with --fresh, delete."""
+    model, data, folder = config.model, config.data, run_path(config)
+    for name in (model.model_name_or_path, model.reference_model, data.dataset, data.eval_dataset):
+        source = Path(name or "").expanduser()
+        if name and source.exists() and source.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"--output_dir {folder} holds {name}, which the run reads. Name another folder.")
+
+
+def run_path(config: TrainConfig) -> Path:
+    """The folder that --output_dir names, or the default one."""
+    options = config.training
+    return options.output_dir or default_output_dir(str(config.model.model_name_or_path), str(config.data.dataset))
+
+
 @contextmanager
 def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[RunFolder]:
     """The folder that --output_dir names, or the default one, held for these processes until the block ends."""
     objective_of(config)  # a wrong option is refused before --fresh deletes anything
     options = config.training
-    path = options.output_dir or default_output_dir(str(config.model.model_name_or_path), str(config.data.dataset))
     with ExitStack() as stack:
-        held = held_run_folder(path, config.flat(), fresh=options.fresh, allow_changed=options.allow_changed)
+        held = held_run_folder(
+            run_path(config), config.flat(), fresh=options.fresh, allow_changed=options.allow_changed
+        )
         yield ranks.on_main(lambda: stack.enter_context(held))
 
 

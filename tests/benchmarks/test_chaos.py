@@ -34,6 +34,7 @@ BROKEN_BY = {
     "dies-without-room": ("full_disk", REDUCED),
     "trusts-rows": ("fuzz", REDUCED),
     "no-guard": ("pages", REDUCED),
+    "writes-anywhere": ("foreign", REDUCED),
 }
 
 

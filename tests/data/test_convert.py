@@ -163,18 +163,19 @@ BAD = [
 ]
 
 
-def test_bad_rows_stop_it_and_leave_the_old_file(write_jsonl: Callable[..., str], out: Callable[[str], Path]) -> None:
+def test_bad_rows_stop_it_and_nothing_is_written(write_jsonl: Callable[..., str], out: Callable[[str], Path]) -> None:
     start, there = write_jsonl(BAD), out(".jsonl")
-    there.write_text("old")
     with pytest.raises(DataError) as error:
         converted(start, "hh-rlhf", there)
     assert "3 of 5 rows" in str(error.value) and "write the other 2 with --bad_rows skip" in str(error.value)
     for place in (f"{start}:2: json: ", f"{start}:3: rejected: the same answer as chosen", f"{start}:5: text: "):
         assert place in str(error.value)
-    assert there.read_text() == "old"
     listed = [json.loads(line) for line in Path(f"{there}.refused").read_text().splitlines()]
     assert [row["origin"] for row in listed] == [f"{start}:{line}" for line in (2, 3, 5)]
-    assert sorted(path.name for path in there.parent.iterdir()) == ["out0.jsonl", "out0.jsonl.refused", "pairs.jsonl"]
+    assert sorted(path.name for path in there.parent.iterdir()) == ["out0.jsonl.refused", "pairs.jsonl"]
+    converted(start, "hh-rlhf", there, bad_rows="skip")  # a list of refused rows is the tool's own
+    with pytest.raises(UsageError, match=r"out0\.jsonl exists"):
+        converted(start, "hh-rlhf", there, bad_rows="skip")
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(
@@ -187,6 +188,7 @@ def test_bad_rows_can_be_left_out_and_are_counted(
     assert f"refused: 3 rows, listed in {there}.refused" in printed
     assert "1 x text: the format has no place for white space around a turn\n" in printed
     assert len(pairs_of(there)) == 2
+    there.unlink()
     converted(write_jsonl(BAD[:1]), "hh-rlhf", there)
     assert not Path(f"{there}.refused").exists()
 
@@ -213,7 +215,7 @@ def test_what_cannot_work_is_refused_by_name(write_jsonl: Callable[..., str], ou
         ({"drop": Names("sytem")}, "the nearest is system"),
         ({"output": out(".txt")}, "must end with one of .jsonl"),
         ({"output": out(".csv"), "to": "messages"}, "a CSV file holds text only"),
-        ({"output": Path(start)}, "where the rows come from"),
+        ({"output": Path(start)}, f"is where {start} is read from"),
         ({"split": "test"}, "no split named 'test'"),
     ):
         values = {"file": start, "to": "messages", "output": out(".jsonl"), **change}
@@ -223,7 +225,7 @@ def test_what_cannot_work_is_refused_by_name(write_jsonl: Callable[..., str], ou
 
 def test_an_output_within_the_source_folder_is_refused(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     write_jsonl(BAD[:1])
-    with pytest.raises(UsageError, match="where the rows come from"):
+    with pytest.raises(UsageError, match="is read from"):
         converted(tmp_path, "messages", tmp_path / "sub.jsonl")
 
 
@@ -235,16 +237,16 @@ def test_the_command_reads_named_columns(
     assert main(["data", "convert", start, "--to", "alpaca", "--output", str(there), *flags]) == 0
     assert "1 pairs from 1 rows (plaintext)" in capsys.readouterr().out
     assert pairs_of(there)[0].messages == ({"role": "user", "content": "q"},)
-    assert main(["data", "convert", start, "--to", "alpaca", "--output", str(there)]) == UsageError.exit_code
+    assert main(["data", "convert", start, "--to", "alpaca", "--output", str(out(".jsonl"))]) == UsageError.exit_code
     assert "cannot tell the format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["belle_pairs_hh.jsonl", "hh_rlhf_harmless_600.jsonl"])
 def test_real_rows_come_back_the_same(shared_data: Path, out: Callable[[str], Path], name: str) -> None:
-    first, back = out(".jsonl"), out(".jsonl")
+    first = out(".jsonl")
     converted(shared_data / name, "hh-rlhf", first, bad_rows="skip")
     for to, suffix in (("opendpo", ".parquet"), ("sharegpt", ".json"), ("messages", ".jsonl"), ("alpaca", ".jsonl")):
-        there = out(suffix)
+        there, back = out(suffix), out(".jsonl")
         converted(first, to, there)
         converted(there, "hh-rlhf", back)
         assert back.read_bytes() == first.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -202,9 +203,12 @@ def test_table_says_what_an_epoch_is_made_of(mixture: Path, capsys: pytest.Captu
 def test_output_holds_the_rows_of_the_epoch_of_all_forms(mixture: Path, tmp_path: Path) -> None:
     from qlora_dpo.data.formats import ColumnNames, parse_row
 
+    number = itertools.count()
+
     def written(epoch: int, seed: int = 42) -> list[dict[str, Any]]:
-        mix(MixOptions(file=mixture, output=tmp_path / "out.jsonl", epoch=epoch, seed=seed))
-        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        output = tmp_path / f"out-{next(number)}.jsonl"
+        mix(MixOptions(file=mixture, output=output, epoch=epoch, seed=seed))
+        return [json.loads(line) for line in output.read_text().splitlines()]
 
     first, again, second = written(0), written(0), written(1)
     assert first == again and first != second != written(1, seed=43)
@@ -270,7 +274,7 @@ def test_what_cannot_work_is_refused(write: Write, tmp_path: Path) -> None:
     data = write("a.jsonl", pairs(3))
     mixture = write("mix.yaml", [{"path": "a.jsonl"}])
     before = data.read_bytes()
-    with pytest.raises(UsageError, match="is where the rows come from"):
+    with pytest.raises(UsageError, match="is read from"):
         mix(MixOptions(file=mixture, output=data))
     assert data.read_bytes() == before
     for name in ("out.csv", "out.yaml", "out"):
@@ -286,13 +290,12 @@ def test_what_cannot_work_is_refused(write: Write, tmp_path: Path) -> None:
         mix(MixOptions(file=write("gone.yaml", [{"path": "gone.jsonl"}])))
 
 
-def test_output_is_whole_or_as_it_was(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_whole_or_not_there(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out.jsonl"
-    output.write_text("before")
     monkeypatch.setattr("qlora_dpo.data.mixtures.mix._row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         mix(MixOptions(file=mixture, output=output))
-    assert output.read_text() == "before"
+    assert not output.exists()
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 

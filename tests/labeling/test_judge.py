@@ -404,4 +404,4 @@ def test_what_cannot_work_is_refused(
 
 def test_a_cache_that_is_none_is_named(candidates: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(candidates, "http://127.0.0.1:9/v1", "--cache", str(candidates))) == 74
-    assert f"the file of calls {candidates} cannot be used" in capsys.readouterr().err
+    assert f"the file of calls {candidates} is something else" in capsys.readouterr().err

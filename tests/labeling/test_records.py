@@ -164,8 +164,31 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
 
 def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     file = tmp_path / "r.labels.jsonl"
-    file.write_bytes(b"x" * 9000)
+    file.write_bytes(b'{"key": "' + b"x" * 9000)
     assert Record(file).verdicts() == {} and file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", ["my notes", '{"key": "of another program"}', "1,2\n3,4", '{"key": 1}\n{"key'])
+def test_a_record_that_is_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "r.labels.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"r\.labels\.jsonl"):
+        Record(file)
+    assert file.read_text() == content
+
+
+def test_labels_replace_neither_their_source_nor_another_file(tmp_path: Path) -> None:
+    source = write(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    before = source.read_bytes()
+    (tmp_path / "hard.jsonl").hardlink_to(source)
+    (tmp_path / "soft.jsonl").symlink_to(source)
+    for name in ("pairs.jsonl", "hard.jsonl", "soft.jsonl"):
+        with pytest.raises(UsageError, match="is read from"):
+            open_record(tmp_path / name, "rules", str(source))
+    with pytest.raises(UsageError, match="was not written by this command"):
+        open_record(source, "rules", "org/elsewhere")
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "hard.jsonl", "soft.jsonl"}
+    assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", "nonsense", json.dumps({"key": "k", "chosen": 0, "scores": []})])
@@ -297,12 +320,12 @@ def test_an_output_that_cannot_be_written_keeps_the_old_one(tmp_path: Path) -> N
 
 def test_a_record_is_of_one_method(tmp_path: Path) -> None:
     output = tmp_path / "pairs.jsonl"
-    open_record(output, "rules").add(verdict("k"))
+    open_record(output, "rules", "source").add(verdict("k"))
     assert record_path(output) == tmp_path / "pairs.labels.jsonl"
     with pytest.raises(UsageError, match="holds verdicts by rules"):
-        open_record(output, "human")
+        open_record(output, "human", "source")
     with pytest.raises(UsageError, match=r"must end with .jsonl"):
-        open_record(tmp_path / "pairs.json", "rules")
+        open_record(tmp_path / "pairs.json", "rules", "source")
 
 
 def test_real_pairs_become_blind_candidates(shared_data: Path) -> None:

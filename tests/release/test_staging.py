@@ -25,7 +25,7 @@ import sys, time
 from pathlib import Path
 from qlora_dpo.release.staging import staged
 with staged(Path(sys.argv[1])) as folder:
-    (folder / "half").write_text("half")
+    (folder / "half.json").write_text("half")
     print("writing", flush=True)
     time.sleep(60)
 """
@@ -76,7 +76,7 @@ def test_leftover_of_a_killed_command_is_cleared_by_the_next(tmp_path: Path) -> 
     with hanging(output) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not output.exists() and (tmp_path / ".out.staging" / "half").is_file()
+    assert not output.exists() and (tmp_path / ".out.staging" / "half.json").is_file()
     with staged(output) as folder:
         assert list(folder.iterdir()) == []
         (folder / "file").write_text("whole")
@@ -87,7 +87,7 @@ def test_second_command_does_not_touch_what_the_first_writes(tmp_path: Path) -> 
     output = tmp_path / "out"
     with hanging(output), pytest.raises(StorageError, match="another command is writing"), staged(output):
         pass
-    assert (tmp_path / ".out.staging" / "half").read_text() == "half"
+    assert (tmp_path / ".out.staging" / "half.json").read_text() == "half"
 
 
 def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_same_options_go_on(tmp_path: Path) -> None:
 def test_id_of_the_run_is_new_with_fresh(tmp_path: Path) -> None:
     run_id = begun(tmp_path).status()["run_id"]
     run = open_run_folder(tmp_path, OPTIONS, fresh=True)
-    assert run.status() == {} and run.begin() != run_id
+    assert run.status()["status"] == "new" and run.begin() != run_id
 
 
 def test_every_difference_is_named_with_both_values(tmp_path: Path) -> None:
@@ -178,7 +178,8 @@ def test_new_learning_rate_holds_from_the_step_it_was_allowed_at(scheduler: str,
     for name, rate in (("low", 1e-3), ("high", 2e-3)):
         fit(training_on(tmp_path / name, learning_rate=rate, **settings))
     (tmp_path / "changed").mkdir()
-    shutil.copy(tmp_path / "low" / "config.yaml", tmp_path / "changed")
+    for name in ("config.yaml", "run.json"):
+        shutil.copy(tmp_path / "low" / name, tmp_path / "changed")
     shutil.copytree(tmp_path / "low" / "checkpoint-4", tmp_path / "changed" / "checkpoint-4")
     shutil.copy(tmp_path / "low" / "metrics.jsonl", tmp_path / "changed")
     training = training_on(tmp_path / "changed", learning_rate=2e-3, **settings)

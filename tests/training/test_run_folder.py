@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dpo.errors import UsageError
-from qlora_dpo.training.folder.run_folder import CONFIG, held_run_folder, open_run_folder
+from qlora_dpo.training.folder.run_folder import CONFIG, STATUS, held_run_folder, open_run_folder
 
 
 def test_kill_before_the_first_file_has_its_name_leaves_a_folder_that_continues(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_kill_before_the_first_file_has_its_name_leaves_a_folder_that_continues(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     (left,) = run.iterdir()
-    assert left.name == f".{CONFIG}.{pid}.tmp"
+    assert left.name == f".{STATUS}.{pid}.tmp"
     with held_run_folder(run, {"seed": 1}, fresh=False):
         assert (run / CONFIG).is_file()
 

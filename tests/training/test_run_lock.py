@@ -86,7 +86,7 @@ def test_lock_whose_process_id_belongs_to_another_program_now_is_taken_over(
     assert f"process {os.getppid()} on {socket.gethostname()} (since yesterday) ended" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", "7"])
+@pytest.mark.parametrize("content", ["", "{", "\0\0", '{"pid": 1, "ho'])
 def test_damaged_lock_file_is_no_obstacle(content: str, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(content)
     with locked(tmp_path):
@@ -143,7 +143,7 @@ def test_fresh_keeps_its_own_lock_while_it_deletes(tmp_path: Path) -> None:
         (run.path / "checkpoint-4").mkdir()
         (run.path / "metrics.jsonl").write_text("")
     with held_run_folder(tmp_path / "run", {"beta": 2}, fresh=True) as run:
-        assert {path.name for path in run.path.iterdir()} == {LOCK, "config.yaml"}
+        assert {path.name for path in run.path.iterdir()} == {LOCK, "config.yaml", "run.json"}
         with pytest.raises(StorageError, match="is in use"), locked(run.path):
             raise AssertionError
 
@@ -159,14 +159,14 @@ def test_fresh_that_is_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: py
     with held_run_folder(tmp_path, {"beta": 1}, fresh=False) as run:
         run.begin()
         (run.path / "checkpoint-4").mkdir()
-    original = Path.unlink
+    original = Path.replace
 
-    def refuse(path: Path, *arguments: Any, **keywords: Any) -> None:
-        if path.name == "run.json":
+    def refuse(path: Path, target: Path) -> Path:
+        if target.name == "run.json":
             raise OSError(errno.EIO, "Input/output error")
-        original(path, *arguments, **keywords)
+        return original(path, target)
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(StorageError, match="Input/output error"), held_run_folder(tmp_path, {"beta": 2}, fresh=True):
         raise AssertionError
     assert not (tmp_path / "checkpoint-4").exists()  # no option that is corrected now could meet an old checkpoint
@@ -174,7 +174,7 @@ def test_fresh_that_is_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: py
         raise AssertionError
     monkeypatch.undo()
     with held_run_folder(tmp_path, {"beta": 2}, fresh=True) as run:
-        assert run.status() == {}
+        assert run.status()["status"] == "new"
 
 
 # The command

@@ -24,6 +24,7 @@ from qlora_dpo.command_line import Command
 from qlora_dpo.errors import Interrupted
 from qlora_dpo.training import loop
 from qlora_dpo.training.folder.checkpoints import checkpoints, newest_valid
+from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.samples import SamplePrinter
@@ -301,7 +302,7 @@ def test_process_ends_with_a_sentence_while_it_loads(
     assert process.wait(10) == code, log.read_text()
     said = log.read_text()
     assert "Traceback" not in said and "Stopped by" in said.splitlines()[-1]
-    assert checkpoints(out) == [] and not (out / "run.json").exists()
+    assert checkpoints(out) == [] and RunFolder(out).status()["status"] == "new"
 
 
 @pytest.mark.slow

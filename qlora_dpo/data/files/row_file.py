@@ -20,7 +20,8 @@ def new_row_file(path: Path) -> Iterator[IO[bytes]]:
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with staged.open("wb") as file:
+        staged.unlink(missing_ok=True)  # of a killed process with this id
+        with staged.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

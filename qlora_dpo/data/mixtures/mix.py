@@ -24,6 +24,7 @@ from qlora_dpo.data.preferences import ColumnNames, PreferencePair, RefusedRow, 
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.data.report import DataReport
 from qlora_dpo.errors import DataError, UsageError
+from qlora_dpo.files.guard import check_output
 
 
 def mix(options: MixOptions) -> None:
@@ -134,7 +135,4 @@ def _check_output(output: Path, mixture: Mixture) -> None:
     if file_kind(output) is None or is_flat(output):
         nested = ", ".join(suffix for suffix in WRITERS if not is_flat(Path(f"rows{suffix}")))
         raise UsageError(f"--output {output}: messages are written, so its name must end with one of {nested}.")
-    inputs = [mixture.path, *(Path(source.path) for source in mixture.sources)]
-    for path in (path.expanduser().resolve() for path in inputs):
-        if path.exists() and path in (output.resolve(), *output.resolve().parents):
-            raise UsageError(f"--output {output} is where the rows come from; name a file elsewhere.")
+    check_output(output, inputs=[mixture.path, *(source.path for source in mixture.sources)])

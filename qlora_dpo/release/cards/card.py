@@ -15,7 +15,7 @@ from qlora_dpo.release.cards.sections import SECTIONS, Facts, verdicts_of, witho
 from qlora_dpo.training.folder.run_folder import CARD, CURVES, write_atomically
 from qlora_dpo.training.records.markdown import inline
 from qlora_dpo.training.records.model_card import METHODS, is_hub_id
-from qlora_dpo.training.records.seal import UNSEALED, is_untouched, sealed
+from qlora_dpo.training.records.seal import UNSEALED, is_edited, sealed
 
 _WHAT = {
     "adapter": ("peft", "adapter", "LoRA adapter for {base}"),
@@ -33,7 +33,7 @@ def write_card(folder: Path, name: str, run: Path | None = None) -> None:
         StorageError, UsageError: see `read_records`.
     """
     file = folder / CARD
-    if file.is_file() and not is_untouched(file.read_text(encoding="utf-8", errors="replace")):
+    if is_edited(file):
         return
     records = read_records(folder, run)
     base = records.base if records.base and is_hub_id(records.base) else None

@@ -16,6 +16,7 @@ from typing import Any
 from qlora_dpo.config.release import CheckOptions
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import QloraDpoError, StorageError, UsageError
+from qlora_dpo.files.guard import check_output, json_with
 from qlora_dpo.models.loading import choose_device
 from qlora_dpo.release.adapter_export import refuse_whole_model
 from qlora_dpo.release.artefact import Artefact, open_artefact, say_what_is_assumed, tokenizer_of
@@ -51,6 +52,7 @@ def check(options: CheckOptions) -> None:
         StorageError, ModelError, EndpointError: adapter, export or server cannot be read.
     """
     _refuse(options)
+    check_output(options.folder / CHECK_REPORT, is_own=json_with("passed", "problems", "compared"), option=None)
     adapter = options.adapter or _adapter_of(options.folder)
     refuse_whole_model(adapter)
     artefact = open_artefact(adapter, base_model=options.base_model)

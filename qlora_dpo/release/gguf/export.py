@@ -18,6 +18,7 @@ from qlora_dpo.config.release import GgufOptions
 from qlora_dpo.data.chat import Chat
 from qlora_dpo.data.control_tokens import uses_bos
 from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.files.guard import check_output, json_with, marked
 from qlora_dpo.models.loading import check_local_weights, load_config, load_tokenizer
 from qlora_dpo.release.cards.records import GGUF_REPORT, MERGE_REPORT
 from qlora_dpo.release.gguf.model import (
@@ -124,10 +125,11 @@ def size_of(text: str | None) -> int:
 def _refuse_output(output: Path) -> None:
     if output.suffix != ".gguf":
         raise UsageError(f"--output {output}: name a file that ends in .gguf.")
-    parts = [output, *output.parent.glob(f"{output.stem}-?????-of-?????.gguf"), output.with_name(MODELFILE)]
-    taken = [path for path in parts if path.exists()]
-    if taken:
-        raise UsageError(f"{taken[0]} exists. Name a file in another folder, or remove it first.")
+    for part in [output, *output.parent.glob(f"{output.stem}-?????-of-?????.gguf")]:
+        check_output(part)
+    # A kill may have left these two, which have their names before the first part has its own.
+    check_output(output.with_name(GGUF_REPORT), is_own=json_with("folder", "outtype"), option=None)
+    check_output(output.with_name(MODELFILE), is_own=marked(f"FROM ./{output.stem}".encode()), option=None)
 
 
 def _kind(tensor: SourceTensor, outtype: str) -> Any:

@@ -20,14 +20,16 @@ import torch
 
 from qlora_dpo.config.release import MergeOptions
 from qlora_dpo.errors import ModelError, UsageError
+from qlora_dpo.files.guard import refuse_used_folder
 from qlora_dpo.models.loading import choose_device
-from qlora_dpo.release.artefact import Artefact, open_artefact, refuse_used, say_what_is_assumed
+from qlora_dpo.release.artefact import Artefact, open_artefact, say_what_is_assumed
 from qlora_dpo.release.cards.card import write_card
 from qlora_dpo.release.fidelity.measuring import measure
 from qlora_dpo.release.fidelity.table import Measured, best, table, update_summary
 from qlora_dpo.release.fidelity.yardstick import Yardstick, open_yardstick
 from qlora_dpo.release.merging.weights import TYPES, Merge, OutOfRange, Recipe, prepare_merge, write_merged
 from qlora_dpo.release.staging import require_space, staged
+from qlora_dpo.training.folder.owned import is_run
 from qlora_dpo.training.folder.run_folder import write_atomically
 
 REPORT = "merge_report.json"
@@ -42,7 +44,7 @@ def merge(options: MergeOptions) -> None:
         UsageError: the run is unfinished, or the output folder is in use.
     """
     _refuse_unmeasured_choice(options)
-    refuse_used(options.output)
+    refuse_used_folder(options.output)
     artefact = open_artefact(options.adapter, base_model=options.base_model, allow_unfinished=options.allow_unfinished)
     say_what_is_assumed(artefact)
     device = choose_device(options.use_cpu)
@@ -57,7 +59,7 @@ def merge(options: MergeOptions) -> None:
             chosen = recipes[0].name
             write_merged(prepared, recipes[0], folder, options.max_shard_size)
         write_card(folder, options.output.name, artefact.run.path if artefact.run else None)
-    if options.measure and artefact.run is not None:
+    if options.measure and artefact.run is not None and is_run(artefact.run.path):
         with suppress(OSError):  # a run may be read-only; the merged folder has the report
             _write_json(artefact.run.path / REPORT, report)
     print(f"Merged {options.adapter} into {artefact.origin.base}: {options.output} ({chosen}).")

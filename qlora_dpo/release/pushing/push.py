@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_dpo.config.release import PushOptions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.files.guard import check_output
 from qlora_dpo.release.cards.card import card_of, hub_datasets, metadata_of
 from qlora_dpo.release.cards.records import Records, read_records
 from qlora_dpo.release.cards.sections import Facts
@@ -21,7 +22,7 @@ from qlora_dpo.release.pushing.secrets import Finding, head_of, scan
 from qlora_dpo.release.pushing.uploading import Upload
 from qlora_dpo.training.folder.run_folder import CARD, CURVES, write_atomically
 from qlora_dpo.training.records.model_card import is_hub_id
-from qlora_dpo.training.records.seal import is_untouched
+from qlora_dpo.training.records.seal import is_edited, is_untouched
 
 HUBS: dict[str, Callable[[Upload], str]] = {"huggingface": push_to_hugging_face, "modelscope": push_to_modelscope}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}")
@@ -38,6 +39,8 @@ def push(options: PushOptions) -> None:
     with _storage_errors(options.folder):
         records = read_records(options.folder, options.run)
         package = pack(options, records)
+    if options.card is not None:
+        check_output(options.card, is_own=lambda path: not is_edited(path), option="card")
     print("\n".join(table(options, package)))
     refuse_findings(package.files)
     if options.card is not None and package.card is not None:

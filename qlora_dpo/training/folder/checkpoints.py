@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_dpo.environment import versions
+from qlora_dpo.training.folder.owned import is_staged, remove_checkpoint
 
 MANIFEST = "manifest.json"
 FILES = {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "rng_state.pt", "trainer_state.json"}
@@ -68,7 +69,7 @@ def save_checkpoint(
     """
     final = run / f"checkpoint-{step}"
     staging = run / f"{STAGING}{step}"
-    shutil.rmtree(staging, ignore_errors=True)
+    remove_checkpoint(staging)
     try:
         staging.mkdir()
         with disk_errors():
@@ -80,8 +81,7 @@ def save_checkpoint(
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint only takes room
         raise
-    if final.exists():
-        shutil.rmtree(final)
+    remove_checkpoint(final)
     staging.rename(final)
     sync(run)
     return final
@@ -102,15 +102,17 @@ def rotate(run: Path, keep: int) -> None:
         if valid < SAFE and _damage(folder) is None:
             valid += 1
         elif valid >= SAFE and place >= keep:
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
 
 
 def clear_leftovers(run: Path) -> None:
     """Delete what a killed process left half-written."""
-    for staging in run.glob(f"{STAGING}*"):
-        shutil.rmtree(staging, ignore_errors=True)
-    for staged in run.glob(".*.tmp"):
-        staged.unlink(missing_ok=True)
+    for child in run.glob(".*"):
+        with suppress(OSError):
+            if re.fullmatch(rf"{re.escape(STAGING)}\d+", child.name):
+                remove_checkpoint(child)
+            elif is_staged(child.name):
+                child.unlink()
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def disk_errors() -> Iterator[None]:
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint, oldest first, whole or not."""
-    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in run.glob("checkpoint-*")]
+    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in run.glob("checkpoint-*") if path.is_dir()]
     return sorted((int(number), path) for number, path in numbered if number.isdigit())
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +14,7 @@ from typing import Any
 import yaml
 
 from qlora_dpo.errors import StorageError, UsageError
+from qlora_dpo.files.atomic import write_whole
 from qlora_dpo.training.folder.changes import (
     CONTENT,
     ONE_TIME,
@@ -27,12 +26,27 @@ from qlora_dpo.training.folder.changes import (
     refuse,
     refuse_pointless,
 )
+from qlora_dpo.training.folder.owned import (
+    CARD,
+    CONFIG,
+    CURVES,
+    METRICS,
+    NEW,
+    SAMPLES,
+    STATUS,
+    empty,
+    is_run,
+    is_staged,
+    read_status,
+    refuse_links,
+    refuse_to_empty,
+)
 from qlora_dpo.training.folder.run_lock import LOCK, locked
 
-CONFIG, STATUS, METRICS, CURVES, CARD, SAMPLES = (
-    "config.yaml", "run.json", "metrics.jsonl", "training_curves.png", "README.md", "samples.jsonl"
-)  # fmt: skip
-_STAGED = re.compile(r"\..+\.\d+\.tmp")  # what a kill within `write_atomically` leaves
+__all__ = [
+    "CARD", "CONFIG", "CURVES", "METRICS", "SAMPLES", "STATUS", "RunFolder", "default_output_dir", "held_run_folder",
+    "open_run_folder", "write_atomically",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,12 +77,8 @@ class RunFolder:
         return options_hash(self.options)
 
     def status(self) -> dict[str, Any]:
-        """Content of run.json; empty before the run has written it."""
-        try:
-            status: dict[str, Any] = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return status
+        """Content of run.json; empty where there is none."""
+        return read_status(self.path)
 
     def chat_template_date(self) -> str | None:
         """The day that the run's chat template writes, where it writes one."""
@@ -135,7 +145,7 @@ def held_run_folder(
         StorageError: it cannot be written, or another process trains there.
         UsageError: it holds something else, or a run with other options.
     """
-    _refuse_foreign(path)
+    _refuse_foreign(path, fresh)
     with ExitStack() as stack:
         with _storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -152,10 +162,10 @@ def open_run_folder(
         StorageError: the folder cannot be written.
         UsageError: it holds something else, or a run with other options.
     """
-    _refuse_foreign(path)
+    _refuse_foreign(path, fresh)
     allowed = tuple(allow_changed)
-    has_begun = (path / STATUS).is_file() and not fresh  # before that, options may still be corrected
     run = RunFolder(path, options, allowed)
+    has_begun = run.status().get("status", NEW) != NEW and not fresh  # before that, options may still be corrected
     if has_begun:
         changes = changed_options(_read_config(path / CONFIG), options)
         refuse(path, changes, allowed)
@@ -167,33 +177,35 @@ def open_run_folder(
             f"--allow_changed {' '.join(allowed)}: no run has begun in {path} that could differ. Leave it out."
         )
     with _storage_errors(path):
-        if fresh:
-            _empty(path)
+        if fresh and path.is_dir():
+            empty(path)
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "no permission to write", str(path))
         if not has_begun:
+            if fresh or not is_run(path):  # first what marks the folder as a run; last, should --fresh be cut short
+                marks = {"status": NEW, "run_id": secrets.token_hex(8)}
+                write_atomically(path / STATUS, json.dumps(marks, indent=2) + "\n")
             write_atomically(path / CONFIG, _config_text(options))
     return run
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Refuse a path that is a file, or a folder of something else."""
+def _refuse_foreign(path: Path, fresh: bool) -> None:
+    """Refuse a path that is a file, a folder of something else, or one that --fresh should not empty."""
     if path.exists() and not path.is_dir():
         raise StorageError(f"--output_dir {path} is a file. Name a folder.")
-    is_run = (path / CONFIG).is_file()
-    if path.is_dir() and not is_run and any(child.name != LOCK and not _is_staged(child) for child in path.iterdir()):
-        raise UsageError(f"--output_dir {path} holds files but no run of this tool. Name an empty or new folder.")
-
-
-def _empty(path: Path) -> None:
-    """Delete the run in a folder but not its lock; last what tells that there was one, should this be cut short."""
-    children = [child for child in path.iterdir() if child.name != LOCK] if path.is_dir() else []
-    for child in sorted(children, key=lambda child: (child.name == CONFIG, child.name == STATUS)):
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
+    if not path.is_dir():
+        return
+    with _storage_errors(path):
+        if is_run(path):
+            refuse_links(path)
+            if fresh:
+                refuse_to_empty(path)
+        elif any(child.name != LOCK and not is_staged(child.name) for child in path.iterdir()):
+            raise UsageError(
+                f"--output_dir {path} holds files but no run of this tool, which its {STATUS} would say. Name an empty "
+                "or new folder."
+            )
 
 
 @contextmanager
@@ -222,19 +234,6 @@ def _config_text(options: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def _is_staged(path: Path) -> bool:
-    return _STAGED.fullmatch(path.name) is not None
-
-
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a reader, or a kill, sees the old or the new content, never half of it."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
+    """`write_whole` for a text."""
+    write_whole(path, text.encode())

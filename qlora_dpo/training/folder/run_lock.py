@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.errors import StorageError
+from qlora_dpo.files.guard import open_own
 
 LOCK = ".lock"
+_BEGINNING = b'{"pid": '
 
 
 @contextmanager
@@ -28,13 +30,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         OSError: the lock file cannot be made.
-        StorageError: another process has the lock.
+        StorageError: another process has the lock, or the lock file is something else.
     """
-    held = [os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)]
+    held = [_opened(folder / LOCK)]
     # A forked child shares the open file and the lock with it, which must end with this process all the same.
     os.register_at_fork(after_in_child=lambda: _close(held))
     try:
         _lock(held[0], folder)
+        _refuse_foreign(held[0], folder / LOCK)
         left = _read(held[0])
         if left:
             print(f"{_words(left)} ended without a word; its lock on {folder} is taken over.", file=sys.stderr)
@@ -46,6 +49,24 @@ def locked(folder: Path) -> Iterator[None]:
                 _write(held[0], {})
     finally:
         _close(held)
+
+
+def _opened(path: Path) -> int:
+    try:
+        return open_own(path, os.O_RDWR)
+    except OSError as error:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise StorageError(
+                f"{path} is a link, a folder or a device, and a run's lock is a file. Remove it."
+            ) from error
+        raise
+
+
+def _refuse_foreign(file: int, path: Path) -> None:
+    """Refuse a file that no run wrote; what a kill or a power cut left of a run's own is no obstacle."""
+    content = os.pread(file, 4096, 0)
+    if content.strip(b"\0 \n") and not content.startswith(_BEGINNING[: len(content)]):
+        raise StorageError(f"{path} is not the lock of a run of this tool. Move it away, or name another --output_dir.")
 
 
 def _lock(file: int, folder: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from qlora_dpo.files.atomic import save_picture
 from qlora_dpo.training.by_category import logged_categories, shown_prefix
 from qlora_dpo.training.records.tracking import read_metrics
 
@@ -63,7 +64,7 @@ def draw_curves(metrics_file: Path, output: Path, objective: str = "dpo") -> Non
         _draw_categories(figure.add_subplot(grid[2, :2]), rows, prefix)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a category's name without a font for it
-        figure.savefig(output, dpi=110, format="png")
+        save_picture(figure, output, dpi=110)
 
 
 def _draw_categories(axes: Any, rows: list[dict[str, Any]], prefix: str) -> None:

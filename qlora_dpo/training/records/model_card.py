@@ -15,7 +15,7 @@ import yaml
 
 from qlora_dpo.data.files.readers import file_kind
 from qlora_dpo.training.by_category import category_table
-from qlora_dpo.training.records.seal import UNSEALED, sealed
+from qlora_dpo.training.records.seal import UNSEALED, is_edited, sealed
 
 CARD = """---
 {metadata}---
@@ -81,7 +81,9 @@ def write_model_card(
     data_summary: Sequence[str],
     last_metrics: dict[str, Any],
 ) -> None:
-    """Write the card; metadata as the Hub reads it."""
+    """Write the card, unless somebody wrote or edited the one that is there; metadata as the Hub reads it."""
+    if is_edited(path):
+        return
     metadata = {
         "base_model": base,
         "base_model_relation": "adapter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 
 _SEAL = "<!-- written by qlora_dpo, {digest}: `release push` writes this card again, unless somebody edited it -->"
 _SEALED = re.compile(_SEAL.replace("{digest}", "([0-9a-f]{16})"))
@@ -20,6 +21,11 @@ def is_untouched(card: str) -> bool:
     """Whether a card was written by this tool and edited by nobody."""
     seal = _SEALED.search(card)
     return seal is not None and seal[1] == _digest(card.replace(seal[0], UNSEALED, 1))
+
+
+def is_edited(file: Path) -> bool:
+    """Whether there is a card that somebody wrote or edited."""
+    return file.is_file() and not is_untouched(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _digest(card: str) -> str:

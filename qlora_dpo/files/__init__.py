@@ -1,0 +1,1 @@
+"""Files and folders of other people: what may be written where."""
