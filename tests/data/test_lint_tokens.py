@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -95,3 +96,12 @@ def test_a_row_is_counted_once_whatever_a_rule_says_of_it(write_jsonl: Callable[
     detail = report.rows["unknown_token"][0].detail
     assert "1 tokens of chosen" in detail
     assert "; 1 tokens of rejected" in detail
+
+
+def test_a_template_that_writes_the_date_is_named(chatml: Any, write_jsonl: Callable[..., str]) -> None:
+    tokenizer, path = copy(chatml), write_jsonl(good_rows(3))
+    assert "date_in_template" not in lint_tokens(tokenizer, path).counts
+    tokenizer.chat_template = chatml.chat_template.replace("Be helpful.", "' ~ strftime_now('%d %b %Y') ~ '")
+    report = lint_tokens(tokenizer, path)
+    assert [finding.origin for finding in report.rows["date_in_template"]] == ["all rows"]
+    assert not report.blocking()

@@ -20,7 +20,7 @@ from qlora_dpo.data.linting.report import LintReport
 from qlora_dpo.data.linting.rows import BadRows, refused_rows, unread_columns
 from qlora_dpo.data.linting.sets import SET_RULES, PairSketch, Sketcher, both_answers
 from qlora_dpo.data.linting.texts import TEXT_RULES, Marks, find_marks
-from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES, SAMPLED, IdBatch, TokenFacts
+from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES, SAMPLED, TEMPLATE_RULES, IdBatch, TokenFacts
 from qlora_dpo.data.pair_reader import PairReader
 from qlora_dpo.data.preferences import PreferencePair, RefusedRow
 from qlora_dpo.data.progress import with_progress
@@ -99,6 +99,7 @@ def lint_pairs(
         job.report.add(refused_rows(source.refused, bad_rows))
         if bad_rows != "known":
             job.report.add(unread_columns(source.name, source.unread_columns))
+    job.check_template()
     job.check_texts()
     job.check_ids()
     return job.report
@@ -124,6 +125,13 @@ class _Linting:
         self.report = LintReport(len(self.places), int(self.is_held_out.sum()), has_tokens=facts is not None)
         count = min(len(self.places), SAMPLED)
         self.sampled = set(self.places[np.linspace(0, len(self.places) - 1, count).astype(np.int64)].tolist())
+
+    def check_template(self) -> None:
+        """Apply the rules about the chat template."""
+        for rule in TEMPLATE_RULES if self.facts else ():
+            assert self.facts is not None
+            detail = rule.check(self.facts)
+            self._add(rule, [] if detail is None else [(None, detail)], ())
 
     def check_texts(self) -> None:
         """Apply the rules about a row's text, and to some rows those about its way to ids."""

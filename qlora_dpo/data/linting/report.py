@@ -12,15 +12,14 @@ from qlora_dpo.data.linting.findings import Finding, Rule
 from qlora_dpo.data.linting.rows import COLUMN_RULES, REFUSED_RULES
 from qlora_dpo.data.linting.sets import SET_RULES
 from qlora_dpo.data.linting.texts import TEXT_RULES
-from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES
+from qlora_dpo.data.linting.tokens import BATCH_RULES, SAMPLE_RULES, TEMPLATE_RULES
 
 NO_TOKENIZER = "no tokenizer was named, so the rules about tokens were left out: {rules}"
 
-_TOKEN_RULES = (*(rule.name for rule in BATCH_RULES), *(rule.name for rule in SAMPLE_RULES))
+_OF_TOKENS = [*chain[Rule[Any]](TEMPLATE_RULES, BATCH_RULES, SAMPLE_RULES)]
 
 RULES: dict[str, Rule[Any]] = {
-    rule.name: rule
-    for rule in chain[Rule[Any]](REFUSED_RULES, COLUMN_RULES, TEXT_RULES, BATCH_RULES, SAMPLE_RULES, SET_RULES)
+    rule.name: rule for rule in chain[Rule[Any]](REFUSED_RULES, COLUMN_RULES, TEXT_RULES, _OF_TOKENS, SET_RULES)
 }
 
 
@@ -75,7 +74,9 @@ class LintReport:
         return "error" if self._blocks(rule) else "warning"
 
     def _notes(self) -> list[str]:
-        notes = [] if self.has_tokens else [NO_TOKENIZER.format(rules=", ".join(_TOKEN_RULES)) + "."]
+        notes = (
+            [] if self.has_tokens else [NO_TOKENIZER.format(rules=", ".join(rule.name for rule in _OF_TOKENS)) + "."]
+        )
         for name in self._names():
             rule = RULES[name]
             if rule.severity == "error" and not self._blocks(rule):

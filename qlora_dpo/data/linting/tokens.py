@@ -37,6 +37,8 @@ class TokenFacts:
     end_id: int
     unknown_id: int | None
     control_texts: tuple[str, ...]
+    reads_clock: bool = False
+    """The chat template writes today's date."""
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int) -> TokenFacts:
@@ -55,6 +57,7 @@ def facts_of(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_len
         end_id=end_id,
         unknown_id=unknown_id if unknown_id in controls and unknown_id not in (bos_id, end_id) else None,
         control_texts=tuple(token.content for token in controls.values()),
+        reads_clock="strftime_now" in str(tokenizer.chat_template),
     )
 
 
@@ -155,8 +158,24 @@ def _difference(before: str, after: str) -> str:
     return f"{before[start : start + 12]!a} becomes {after[start : start + 12]!a}, character {start}"
 
 
+def _date_in_template(facts: TokenFacts) -> str | None:
+    return "the chat template writes today's date into every conversation (strftime_now)" if facts.reads_clock else None
+
+
+TemplateCheck = Callable[[TokenFacts], str | None]
 BatchCheck = Callable[[IdBatch, TokenFacts], Found]
 SampleCheck = Callable[[Sequence[PreferencePair], Sequence[TokenizedPair], TokenFacts], Found]
+
+TEMPLATE_RULES: tuple[Rule[TemplateCheck], ...] = (
+    Rule(
+        "date_in_template",
+        "warning",
+        "whether the chat template writes today's date",
+        "Nothing to do: the date of the first day is kept for all runs. A served model is told the day on which it is "
+        "asked; --prompt_template takes a template without a date.",
+        _date_in_template,
+    ),
+)
 
 BATCH_RULES: tuple[Rule[BatchCheck], ...] = (
     Rule(
