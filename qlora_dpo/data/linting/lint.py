@@ -31,6 +31,7 @@ from qlora_dpo.errors import DataError
 LINT_VERSION = 2
 
 _BATCH = 1000  # pairs
+_LONGEST_SAMPLED = 1_000_000  # characters of an answer: a longer one takes seconds to tokenize again
 Places = NDArray[np.int64]
 
 
@@ -143,7 +144,7 @@ class _Linting:
             wanted = self.places[(self.places >= start) & (self.places < end)] - start
             for place, pair in with_progress(_wanted_texts(source, wanted), "checking text", len(wanted)):
                 self._check_text(pair, marks)
-                if start + place in self.sampled:
+                if start + place in self.sampled and max(len(pair.chosen), len(pair.rejected)) <= _LONGEST_SAMPLED:
                     sample.append((place, pair))
             if self.facts is not None and source.pairs is not None:
                 self._check_sample(source.pairs, sample, self.facts)
