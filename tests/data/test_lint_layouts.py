@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from lint_rows import good_rows, lint_texts, lint_tokens
 
+from qlora_dpo.data.completions import OPEN_THOUGHT
+from qlora_dpo.data.linting.rows import refused_rows
 from qlora_dpo.data.linting.texts import TEXT_RULES, find_marks
-from qlora_dpo.data.preferences import Message, PreferencePair
+from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
 
 QUESTION = "Which river runs through Vienna?"
 MESSAGES = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "The Danube."}]
@@ -148,3 +150,9 @@ def test_columns_that_nothing_reads_are_named(write_jsonl: Callable[..., str], c
         ]
         assert not report.blocking()
     assert not lint_texts(write_jsonl(good_rows(5))).counts
+
+
+def test_an_answer_within_the_thought_that_the_template_opens_counts_as_one() -> None:
+    row = RefusedRow("pairs.jsonl:1", "chosen", f"{OPEN_THOUGHT}; try something")
+    for bad_rows, rule in (("fail", "open_thought"), ("skip", "skipped_row")):
+        assert [finding.rule for finding in refused_rows([row], bad_rows)] == [rule]  # type: ignore[arg-type]

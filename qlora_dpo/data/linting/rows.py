@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
+from qlora_dpo.data.completions import OPEN_THOUGHT
 from qlora_dpo.data.linting.findings import Finding, Rule
 from qlora_dpo.data.preferences import RefusedRow
 from qlora_dpo.data.tokenization import EQUAL_AFTER_TRUNCATION
@@ -90,4 +91,6 @@ def refused_rows(rows: Iterable[RefusedRow], bad_rows: BadRows) -> Iterator[Find
             continue
         if bad_rows == "skip" and is_bad:
             name = SKIPPED
+        elif row.reason.startswith(OPEN_THOUGHT):
+            name = "open_thought"  # the rule of that name, for the thoughts that answers open themselves
         yield Finding(row.origin, name, f"{row.field}: {row.reason}")

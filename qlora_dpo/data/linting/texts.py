@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qlora_dpo.data.linting.findings import Rule
 from qlora_dpo.data.preferences import PreferencePair
+from qlora_dpo.data.thoughts import THOUGHT_TAGS
 
 # Where a turn begins in well-known templates. Models that were trained on runs of these write the user's turn too.
 _TURNS = (
@@ -43,12 +44,7 @@ _DIALOGUES: tuple[tuple[re.Pattern[str], re.Pattern[str] | None], ...] = (
 )
 _ROLE = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|user|assistant|tool|human|gpt)["']""")
 _CONTENT = re.compile(r"""["'](?:content|value|tool_calls)["']\s*:""")
-# How models write the beginning and the end of a thought.
-THOUGHTS = (
-    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
-    ("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)  # fmt: skip
+_LONGEST_TAG = max(len(tags.open) for tags in THOUGHT_TAGS)
 _SHORTEST_PROMPT = 10  # bytes: an answer may well begin with a shorter one
 _VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\u3164\ufeff]")
 
@@ -152,9 +148,10 @@ def _open_thought_rejected(pair: PreferencePair, _: Marks) -> str | None:
 
 
 def _thought(field: str, answer: str) -> str | None:
-    for first, last in THOUGHTS:
-        if answer.lstrip().startswith(first) and answer.rfind(first) > answer.rfind(last):
-            return f"{field} ends within a thought: {first} without {last} after it"
+    begins = answer.lstrip()[:_LONGEST_TAG]
+    for tags in THOUGHT_TAGS:
+        if begins.startswith(tags.open) and answer.rfind(tags.open) > answer.rfind(tags.close):
+            return f"{field} ends within a thought: {tags.open} without {tags.close} after it"
     return None
 
 
@@ -211,7 +208,7 @@ TEXT_RULES: tuple[Rule[TextCheck], ...] = (
     Rule(
         "open_thought",
         "error",
-        "chosen answers that end within a thought: <think> without </think>",
+        "chosen answers that end within a thought: <think> without </think>, or within one that the template opens",
         "Close the thought or remove the row: the model would learn to think without an answer.",
         _open_thought,
         tolerated=0.01,

@@ -15,6 +15,7 @@ from qlora_dpo.data.control_tokens import control_tokens, uses_bos
 from qlora_dpo.data.linting.findings import Rule
 from qlora_dpo.data.preferences import Message, PreferencePair
 from qlora_dpo.data.ragged import Ragged
+from qlora_dpo.data.template_clock import reads_clock
 from qlora_dpo.data.tokenization import PairTokenizer, RenderedPair, TokenizedPair
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def facts_of(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_len
         end_id=end_id,
         unknown_id=unknown_id if unknown_id in controls and unknown_id not in (bos_id, end_id) else None,
         control_texts=tuple(token.content for token in controls.values()),
-        reads_clock="strftime_now" in str(tokenizer.chat_template),
+        reads_clock=reads_clock(tokenizer),
     )
 
 
