@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from qlora_dpo.errors import ModelError, QloraDpoError, ResourceError, StorageError, UsageError
+from qlora_dpo.models.loading_report import loading_reports, refuse_other_weights, say_ignored
+from qlora_dpo.models.weight_files import model_folder
 
 CPU_BLOCK = 64  # bitsandbytes quantizes runs of 64 weights; its CPU kernel needs whole runs in every row
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # run code when they are loaded; only safetensors are
@@ -52,6 +54,7 @@ def load_base(
 
     Raises:
         StorageError: there is no such model, or its folder holds no weights.
+        ModelError: its weights are not those that its config describes.
         UsageError: its layers cannot be quantized rightly on a CPU.
         ResourceError: it does not fit into the device's memory.
     """
@@ -66,19 +69,23 @@ def load_base(
     if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
         check_cpu_quantizable(config, trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
-            device_map={"": device},
-            use_safetensors=True,
-            **_source(revision, trust_remote_code),
-        )
+        with loading_reports() as reports:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+                device_map={"": device},
+                use_safetensors=True,
+                **_source(revision, trust_remote_code),
+            )
     except torch.OutOfMemoryError as error:
         raise out_of_memory(f"loading {name}", device) from error
     except Exception as error:
         raise _loading_error("model", name, revision, error) from error
+    for report in reports:
+        refuse_other_weights(name, model, report)
+    say_ignored(name, model, model_folder(name, commit_of(config)))
     model.requires_grad_(False)
     keep_cpu_layers_differentiable(model)
     leave_float16(model, dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.errors import StorageError
+from qlora_dpo.models.weight_files import model_folder, weight_files
 from qlora_dpo.reference.store import ModelIdentity
 
 # Fields of config.json and adapter_config.json that change with the program or the place, and no log-prob.
@@ -50,9 +51,9 @@ def local_identity(
     Raises:
         StorageError: its files cannot be read.
     """
-    folder = _folder(name, commit)
+    folder = model_folder(name, commit)
     content: dict[str, Any] = {
-        "weights": _combined(hashes(weight_files(folder))),
+        "weights": combined(hashes(weight_files(folder))),
         "config": _json_content(folder / "config.json"),
         "quantization": dict(quantization) if quantization else None,
         "dtype": dtype,
@@ -62,7 +63,7 @@ def local_identity(
     words = {"model": str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name}
     if adapter is not None:
         weights = hashes([adapter / "adapter_model.safetensors"])
-        content["adapter"] = _combined([*weights, _json_content(adapter / "adapter_config.json")])
+        content["adapter"] = combined([*weights, _json_content(adapter / "adapter_config.json")])
         words["adapter_folder"] = str(adapter.resolve())
     return identity_of(content, words)
 
@@ -70,26 +71,6 @@ def local_identity(
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The entries in which two descriptions differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads in a model folder.
-
-    Raises:
-        StorageError: there are none, or their index cannot be read.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{index} cannot be read ({error}). Download or restore it.") from error
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise StorageError(f"{folder} holds no *.safetensors weights. Download or convert them.")
-    return files
 
 
 def hashes(files: Sequence[Path]) -> list[str]:
@@ -109,6 +90,11 @@ def hashes(files: Sequence[Path]) -> list[str]:
     if new:
         _keep_hashes(known)
     return [known[str(file.resolve())][-1] for file in files]
+
+
+def combined(parts: Sequence[str]) -> str:
+    """One hash of several, in their order."""
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def _hash_all(files: Sequence[Path]) -> list[str]:
@@ -158,20 +144,6 @@ def _keep_hashes(known: Mapping[str, list[Any]]) -> None:
             staged.unlink(missing_ok=True)
 
 
-def _folder(name: str, commit: str | None) -> Path:
-    """The folder of a model, for one on the Hub its snapshot in the cache."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from transformers.utils.hub import cached_file
-
-    try:
-        file = cached_file(name, "config.json", revision=commit)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{name}: its files are not in the Hub's cache ({error}).") from error
-    return Path(str(file)).parent
-
-
 def _json_content(file: Path) -> str:
     """Hash of what a config says, without what changes from program to program."""
     try:
@@ -180,7 +152,3 @@ def _json_content(file: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise StorageError(f"{file} cannot be read ({error}). Download or restore it.") from error
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _combined(parts: Sequence[str]) -> str:
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.data.templates import set_up_chat_template
-from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.models.loading import check_local_weights, commit_of, load_config, load_tokenizer
 from qlora_dpo.scoring.adapter import open_adapter
 from qlora_dpo.training.folder.checkpoints import newest_valid
-from qlora_dpo.training.folder.content import weights_fingerprint
+from qlora_dpo.training.folder.content import refuse_other_base, weights_fingerprint
 from qlora_dpo.training.folder.run_folder import STATUS, RunFolder
 from qlora_dpo.training.trained_on import TrainedOn, trained_on
 
@@ -40,12 +40,6 @@ class Artefact:
         """The run's options; empty for another tool's adapter."""
         return {} if self.run is None else self.run.options
 
-    @property
-    def noted_base(self) -> str | None:
-        """What the run noted to know its base again: a fingerprint of the weights, or the commit of a Hub model."""
-        noted = {} if self.run is None else self.run.status().get("content", {})
-        return noted.get("model_name_or_path")
-
 
 def open_artefact(adapter: Path, *, base_model: str | None = None, allow_unfinished: bool = False) -> Artefact:
     """Find the adapter that --adapter names, and what it was trained on; reads no weights.
@@ -59,7 +53,7 @@ def open_artefact(adapter: Path, *, base_model: str | None = None, allow_unfinis
     artefact = Artefact(
         named, found.folder, found.config, found.run, trained_on(found.folder, base_model or found.base)
     )
-    noted = artefact.noted_base
+    noted = artefact.origin.noted_base
     if base_model is not None or not noted or not _COMMIT.fullmatch(noted):
         revision = None if base_model else found.config.get("revision")
     else:
@@ -145,12 +139,4 @@ def _downloaded(artefact: Artefact, name: str, revision: str | None) -> Path:
 
 
 def _refuse_changed(artefact: Artefact, now: str) -> None:
-    """Refuse a base that is not the one that the run noted; a commit tells nothing about a folder."""
-    noted = artefact.noted_base
-    if noted is None or len(noted) != len(now) or noted == now:
-        return
-    what = "is at commit" if _COMMIT.fullmatch(now) else "has other weights: their fingerprint is"
-    raise ModelError(
-        f"{artefact.origin.base} is not the base that {artefact.named} was trained on: it {what} {now[:12]}, the run "
-        f"noted {noted[:12]}. Restore the base, or name the folder where it is now with --base_model."
-    )
+    refuse_other_base(artefact.named, artefact.origin.base, artefact.origin.noted_base, now)

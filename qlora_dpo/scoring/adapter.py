@@ -11,11 +11,11 @@ import yaml
 
 from qlora_dpo.config.training import TrainConfig
 from qlora_dpo.data.templates import set_up_chat_template
-from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.models.loading import load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder
 from qlora_dpo.training.folder.checkpoints import newest_valid
-from qlora_dpo.training.folder.content import base_fingerprint
+from qlora_dpo.training.folder.content import base_fingerprint, refuse_other_base
 from qlora_dpo.training.folder.run_folder import CONFIG, STATUS, RunFolder
 from qlora_dpo.training.policy import load_training_tokenizer
 
@@ -110,13 +110,8 @@ def check_fit(adapter: ScoredAdapter, config: TrainConfig) -> None:
     known = {} if adapter.run is None else adapter.run.status().get("content", {})
     was = known.get("model_name_or_path")
     now = base_fingerprint(config.model)
-    if was is not None and len(was) == len(now):  # a commit tells nothing about a folder
-        if was != now:
-            raise ModelError(
-                f"{base} has other weights than the base that {adapter.folder} was trained on, so its log-probs with "
-                "this adapter mean nothing. Name the right base with --model_name_or_path."
-            )
-    elif adapter.base is not None and not _same(adapter.base, base):
+    refuse_other_base(adapter.folder, base, was, now)
+    if was != now and adapter.base is not None and not _same(adapter.base, base):
         _warn(f"{adapter.folder} names {adapter.base} as its base; the scores are of the adapter on {base}.")
     if adapter.run is None:
         _warn(

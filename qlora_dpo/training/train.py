@@ -99,7 +99,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
     lint = lint_training_data(config.data, data, tokenizer) if ranks.is_main else None
     refuse_row_sums(config, data)
     refuse_unusable_store(config.store.reference_store)
-    content = content_of(config, data)
+    content = ranks.main_first(lambda: content_of(config, data))
     ranks.refuse_differences(content, "data or a base")
     run = ranks.on_main(lambda: run.with_content(content))
     ranks.on_main(lambda: write_data_record(run.path, data, lint))

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_dpo.errors import StorageError
+from qlora_dpo.models.weight_files import weight_files
 from qlora_dpo.reference import identity
-from qlora_dpo.reference.identity import differences, hashes, local_identity, weight_files
+from qlora_dpo.reference.identity import differences, hashes, local_identity
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -93,6 +94,12 @@ def test_shards_are_those_of_the_index(tmp_path: Path) -> None:
         model / "model.safetensors.index.json",
         {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}},
     )
+    assert [file.name for file in weight_files(model)] == ["model.safetensors"]  # which is what transformers takes
+    (model / "model.safetensors").unlink()
+    assert [file.name for file in weight_files(model)] == ["a.safetensors", "b.safetensors"]
+    write(model / "config.json", {"transformers_weights": "consolidated.safetensors"})
+    assert [file.name for file in weight_files(model)] == ["consolidated.safetensors"]
+    write(model / "config.json", {"transformers_weights": "model.safetensors.index.json"})
     assert [file.name for file in weight_files(model)] == ["a.safetensors", "b.safetensors"]
     (model / "model.safetensors.index.json").write_text("{")
     with pytest.raises(StorageError, match=r"index\.json cannot be read"):

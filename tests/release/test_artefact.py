@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from release.tiny_adapters import save_base, save_run
+from tiny import tiny_model
 
 from qlora_dpo.errors import ModelError, StorageError
 from qlora_dpo.release.artefact import locate_base, open_artefact, tokenizer_of
@@ -144,7 +145,7 @@ def test_base_in_a_folder_is_compared_with_what_the_run_noted(tmp_path: Path, pa
     base = save_base(tmp_path / "base")
     run = save_run(tmp_path / "run", base, pairs_file)
     assert locate_base(open_artefact(run)) == base
-    next(base.glob("*.safetensors")).rename(base / "model-renamed.safetensors")
+    tiny_model(seed=5).save_pretrained(base)
     with pytest.raises(ModelError, match=f"{base} is not the base that {run} was trained on: it has other weights"):
         locate_base(open_artefact(run))
     for file in base.glob("*.safetensors"):

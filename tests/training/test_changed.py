@@ -15,6 +15,7 @@ from training.runs import make_training
 
 from qlora_dpo.cli import main
 from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.reference import identity
 from qlora_dpo.training.folder.changes import CONTENT, FIXED, FREE
 from qlora_dpo.training.folder.checkpoints import checkpoints
 from qlora_dpo.training.folder.content import weights_fingerprint
@@ -229,16 +230,18 @@ def test_fingerprint_of_weights_sees_other_weights_and_nothing_else(tmp_path: Pa
     assert weights_fingerprint(tmp_path / "one") == one
 
 
-@pytest.mark.parametrize("place", [0.0, 0.31, 0.5, 0.77, 1.0])
-def test_fingerprint_of_a_large_file_is_taken_over_all_of_it(place: float, tmp_path: Path) -> None:
-    size = 40 << 20
+def test_fingerprint_sees_one_changed_byte_and_reads_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "model.safetensors"
-    with file.open("wb") as opened:
-        opened.truncate(size)
+    file.write_bytes(bytes(8 << 20))
     before = weights_fingerprint(tmp_path)
-    with file.open("r+b") as opened:  # one of forty layers
-        opened.seek(int(place * (size - (1 << 20))))
-        opened.write(b"\1" * (1 << 20))
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "_hash", None)
+        assert weights_fingerprint(tmp_path) == before
+    with file.open("r+b") as opened:
+        opened.seek(5_123_457)
+        opened.write(b"\1")
     assert weights_fingerprint(tmp_path) != before
 
 

@@ -16,10 +16,9 @@ from qlora_dpo.data.chat import Chat
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import ModelError, StorageError
 from qlora_dpo.models.generation import complete
-from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import load_adapter
 from qlora_dpo.release.artefact import Artefact
-from qlora_dpo.training.trained_on import TrainedOn, base_held
+from qlora_dpo.training.trained_on import TrainedOn, base_held, load_base_as_trained
 
 AT_ONCE = 8  # prompts that are answered together
 
@@ -74,10 +73,7 @@ def expected_answers(
     """Load the trained adapter on its base as it was trained, let it answer, and free it."""
     from transformers import GenerationConfig
 
-    origin = artefact.origin
-    base: Any = load_base(
-        origin.base, device=device, revision=origin.revision, quantization=origin.quantization, dtype=origin.dtype
-    )
+    base = load_base_as_trained(artefact.origin, device)
     base.generation_config = GenerationConfig()  # nothing but the weights decides
     model = load_adapter(base, artefact.adapter, trainable=False).eval()
     chat = Chat(tokenizer)

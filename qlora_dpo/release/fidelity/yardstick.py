@@ -21,12 +21,12 @@ from qlora_dpo.data.conversation_tokens import TokenizedConversation
 from qlora_dpo.data.packing import Sample, prompt_and_completions
 from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.models.generation import complete
-from qlora_dpo.models.loading import load_base
 from qlora_dpo.models.lora import add_frozen_reference, check_adapter_folder, load_adapter, reference_active
 from qlora_dpo.objectives.pairs import pair_logps
 from qlora_dpo.release.artefact import Artefact, tokenizer_of
 from qlora_dpo.release.fidelity.distributions import Compared, Floats, Recorded
 from qlora_dpo.release.fidelity.held_out import HeldOut, read_held_out
+from qlora_dpo.training.trained_on import load_base_as_trained
 
 ANSWERS = 16  # prompts to which the adapter's own answers are measured too
 LONGEST_ANSWER = 128
@@ -175,11 +175,8 @@ def free_memory() -> None:
 
 def load_as_trained(artefact: Artefact, device: torch.device) -> Any:
     """The adapter on its base, held as in training, with a frozen second adapter where its reference was one."""
-    origin, settings = artefact.origin, artefact.settings
-    base = load_base(
-        origin.base, device=device, revision=origin.revision, quantization=origin.quantization, dtype=origin.dtype
-    )
-    model = load_adapter(base, artefact.adapter, trainable=False)
+    model = load_adapter(load_base_as_trained(artefact.origin, device), artefact.adapter, trainable=False)
+    settings = artefact.settings
     reference = settings.get("reference_model")
     if reference not in (None, settings.get("model_name_or_path")):
         check_adapter_folder(Path(str(reference)).expanduser())

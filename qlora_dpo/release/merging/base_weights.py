@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_dpo.errors import ModelError, StorageError
 from qlora_dpo.models.loading import check_cpu_quantizable, model_on_meta
-from qlora_dpo.reference.identity import weight_files
+from qlora_dpo.models.weight_files import weight_files
 
 SHOWN = 3  # names in a message
 

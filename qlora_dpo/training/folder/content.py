@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from qlora_dpo.config.training import ModelOptions, TrainConfig
-from qlora_dpo.errors import StorageError
+from qlora_dpo.errors import ModelError
 from qlora_dpo.models.loading import commit_of, load_config
+from qlora_dpo.models.weight_files import weight_files
+from qlora_dpo.reference.identity import combined, hashes
 from qlora_dpo.training.data import TrainingData
 
-SAMPLES, SAMPLE_BYTES = 64, 1 << 14  # of each weights file: enough to notice other weights, at once also on a slow disk
+_COMMIT_LENGTH = 40  # of a Hub model's commit; a hash of weights is longer
 
 
 def content_of(config: TrainConfig, data: TrainingData) -> dict[str, str]:
@@ -27,33 +28,41 @@ def content_of(config: TrainConfig, data: TrainingData) -> dict[str, str]:
 
 
 def base_fingerprint(model: ModelOptions) -> str:
-    """What tells the base's weights from others: samples of them, or the commit of a Hub model.
+    """What tells the base's weights from others: their hash, or the commit of a Hub model.
 
     Raises:
         StorageError, ModelError: it cannot be read.
     """
-    base = str(model.model_name_or_path)
-    if Path(base).expanduser().is_dir():
-        return weights_fingerprint(Path(base).expanduser())
-    loaded = load_config(base, model.model_revision, model.trust_remote_code)
-    return str(commit_of(loaded))
+    return model_fingerprint(str(model.model_name_or_path), model.model_revision, model.trust_remote_code)
+
+
+def model_fingerprint(name: str, revision: str | None, trust_remote_code: bool = False) -> str:
+    """The same of a model by its name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return weights_fingerprint(folder)
+    return str(commit_of(load_config(name, revision, trust_remote_code)))
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hash of the names and sizes of a folder's weights and of samples of their bytes.
+    """Hash of all weights in a folder of a model or an adapter; what was hashed before is not read again.
 
     Raises:
-        StorageError: a file cannot be read.
+        StorageError: a file cannot be read, or there is none.
     """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for number in range(SAMPLES):
-                    file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-        except OSError as error:
-            raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return digest.hexdigest()
+    return combined(hashes(weight_files(folder)))
+
+
+def refuse_other_base(adapter: Path, base: str, noted: str | None, now: str) -> None:
+    """Refuse a base that is not the one that the adapter's run noted; a commit tells nothing about a folder.
+
+    Raises:
+        ModelError: with both fingerprints.
+    """
+    if noted is None or len(noted) != len(now) or noted == now:
+        return
+    what = "is at commit" if len(now) == _COMMIT_LENGTH else "has other weights: their hash is"
+    raise ModelError(
+        f"{base} is not the base that {adapter} was trained on: it {what} {now[:12]}, the run noted {noted[:12]}. "
+        "Restore the base, or name the folder where it is now."
+    )
