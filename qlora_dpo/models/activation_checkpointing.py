@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from qlora_dpo.models.text_model import text_model
+
 Level = Literal["none", "selective", "full", "offload"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # each recomputes or moves more than the one before it, and keeps less
 
@@ -26,7 +28,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that can be checkpointed, in the model's order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in text_model(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def set_activation_checkpointing(model: nn.Module, levels: Level | Sequence[Level]) -> int:

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from qlora_dpo.errors import ModelError, QloraDpoError, ResourceError, StorageError, UsageError
+from qlora_dpo.models.comes_quantized import (
+    DEQUANTIZABLE,
+    dequantize_on_loading,
+    format_of,
+    hold_dequantized,
+    refuse_unusable_format,
+)
 from qlora_dpo.models.loading_report import loading_reports, refuse_other_weights, say_ignored
+from qlora_dpo.models.text_model import beside_text, refuse_other_than_text
 from qlora_dpo.models.weight_files import model_folder
 
 CPU_BLOCK = 64  # bitsandbytes quantizes runs of 64 weights; its CPU kernel needs whole runs in every row
@@ -63,6 +71,10 @@ def load_base(
 
     disable_progress_bar()
     config = load_config(name, revision, trust_remote_code)
+    refuse_untrainable(name, config, quantization, trust_remote_code)
+    dequantize_on_loading(config)
+    stored_as = format_of(config)
+    wanted = BitsAndBytesConfig(**quantization) if quantization and stored_as is None else None
     check_local_weights(name)
     refuse_hidden_adapter(name, revision)
     disable_dropout(config)
@@ -74,7 +86,7 @@ def load_base(
                 name,
                 config=config,
                 dtype=dtype,
-                quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+                quantization_config=wanted,
                 device_map={"": device},
                 use_safetensors=True,
                 **_source(revision, trust_remote_code),
@@ -89,7 +101,21 @@ def load_base(
     model.requires_grad_(False)
     keep_cpu_layers_differentiable(model)
     leave_float16(model, dtype)
+    if stored_as in DEQUANTIZABLE:
+        hold_dequantized(model, dtype)
     return model
+
+
+def refuse_untrainable(
+    name: str, config: Any, quantization: dict[str, Any] | None, trust_remote_code: bool = False
+) -> None:
+    """Refuse a base of which its config says that it cannot be trained, before the data or any weights are read.
+
+    Raises:
+        ModelError, UsageError: see `refuse_other_than_text` and `refuse_unusable_format`.
+    """
+    refuse_other_than_text(name, config, trust_remote_code)
+    refuse_unusable_format(name, config, quantization)
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -155,9 +181,9 @@ def check_cpu_quantizable(config: Any, trust_remote_code: bool = False) -> None:
     from transformers.pytorch_utils import Conv1D
 
     model = model_on_meta(config, trust_remote_code)
-    head = model.get_output_embeddings()
+    head, beside = model.get_output_embeddings(), tuple(f"{name}." for name in beside_text(model))
     for name, module in model.named_modules():
-        if module is head or not isinstance(module, nn.Linear | Conv1D):
+        if module is head or f"{name}.".startswith(beside) or not isinstance(module, nn.Linear | Conv1D):
             continue
         in_features = module.in_features if isinstance(module, nn.Linear) else module.nx
         if in_features % CPU_BLOCK:

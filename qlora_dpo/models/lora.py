@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.models.text_model import beside_text_pattern
 
 POLICY, REFERENCE = "default", "reference"
 _LONGEST_REASON = 200  # characters
@@ -45,6 +46,7 @@ def add_adapter(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        exclude_modules=beside_text_pattern(base),
         bias="none",
         task_type="CAUSAL_LM",
     )

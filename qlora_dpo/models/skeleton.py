@@ -20,6 +20,7 @@ from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
 from qlora_dpo.models.loading import disable_dropout, model_on_meta
 from qlora_dpo.models.lora import add_adapter, trainable_parameters
+from qlora_dpo.models.text_model import text_model
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights per scale, and scales per scale of scales, as bitsandbytes quantizes
 
@@ -125,7 +126,7 @@ def _decoder_stack(base: nn.Module) -> nn.ModuleList:
 
     stacks = [
         module
-        for module in base.modules()
+        for module in text_model(base).modules()
         if isinstance(module, nn.ModuleList) and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
     longest = max(stacks, key=len, default=nn.ModuleList())

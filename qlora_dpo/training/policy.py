@@ -10,7 +10,7 @@ import torch
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.data.tokenization import PairTokenizer
-from qlora_dpo.models.loading import commit_of, load_base, load_tokenizer
+from qlora_dpo.models.loading import commit_of, load_base, load_config, load_tokenizer, refuse_untrainable
 from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter
 
 
@@ -31,6 +31,18 @@ def load_training_tokenizer(config: TrainConfig, date: str | None = None) -> Any
         date=date,
     )
     return tokenizer
+
+
+def load_base_config(model: ModelOptions) -> Any:
+    """The config of the base, which says whether it can be trained.
+
+    Raises:
+        StorageError, ModelError, UsageError: it cannot be read, or the base cannot be trained with these options.
+    """
+    name = str(model.model_name_or_path)
+    config = load_config(name, model.model_revision, model.trust_remote_code)
+    refuse_untrainable(name, config, quantization_of(model), model.trust_remote_code)
+    return config
 
 
 def load_policy(config: TrainConfig, device: torch.device) -> Any:

@@ -51,7 +51,7 @@ from qlora_dpo.training.parallel.asked import pairs_of_a_step, refuse_unshardabl
 from qlora_dpo.training.parallel.launching import joined
 from qlora_dpo.training.parallel.ranks import ALONE, Ranks
 from qlora_dpo.training.parallel.sharding import shard_policy, whole_adapter
-from qlora_dpo.training.policy import load_policy, load_training_tokenizer, pair_tokenizer
+from qlora_dpo.training.policy import load_base_config, load_policy, load_training_tokenizer, pair_tokenizer
 from qlora_dpo.training.records.curves import draw_curves
 from qlora_dpo.training.records.model_card import write_model_card
 from qlora_dpo.training.records.trackers import start_trackers
@@ -93,6 +93,7 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
         return None
     if ranks.is_sharded:
         refuse_unshardable(config, ranks)
+    load_base_config(config.model)
     tokenizer = load_training_tokenizer(config, ranks.on_main(run.chat_template_date))
     data = ranks.main_first(lambda: load_training_data(config.data, tokenizer, config.training.seed))
     print("\n".join(data.summary()), file=sys.stderr)

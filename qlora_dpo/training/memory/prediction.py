@@ -12,7 +12,7 @@ from qlora_dpo.config.training import PlanOptions, TrainConfig, quantization_of,
 from qlora_dpo.data.packing import LayoutKind
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import Level
-from qlora_dpo.models.loading import check_cpu_quantizable, choose_device, load_config
+from qlora_dpo.models.loading import check_cpu_quantizable, choose_device
 from qlora_dpo.models.lora import check_adapter_folder
 from qlora_dpo.models.memory import Activations, count_activations
 from qlora_dpo.models.skeleton import Skeleton, build_skeleton
@@ -31,6 +31,7 @@ from qlora_dpo.training.memory.levels import (
     trained_bytes,
 )
 from qlora_dpo.training.optimizers import optimizer_name
+from qlora_dpo.training.policy import load_base_config
 
 GIB = 2**30
 PROCESS = {"cuda": 0.8 * GIB, "cpu": 0.7 * GIB}  # CUDA's context and libraries; Python's
@@ -110,8 +111,8 @@ def skeleton_of(config: TrainConfig, machine: Machine) -> Skeleton:
     Raises:
         QloraDpoError: the model, its layers or the adapter cannot be used.
     """
-    name, model, lora = str(config.model.model_name_or_path), config.model, config.lora
-    hub = load_config(name, model.model_revision, model.trust_remote_code)
+    model, lora = config.model, config.lora
+    hub = load_base_config(model)
     if machine.device_type == "cpu" and uses_4bit(model):
         check_cpu_quantizable(hub, model.trust_remote_code)
     r, targets = lora.lora_r, list(lora.lora_target_modules)
