@@ -34,6 +34,7 @@ def paired(
 
     def run(rows: list[dict[str, Any]], *options: str, code: int = 0) -> tuple[list[tuple[str, str, str]], str]:
         output = tmp_path / "out.jsonl"
+        output.unlink(missing_ok=True)  # rows that are there are never written over
         assert main(["data", "pair", write_jsonl(rows, "in.jsonl"), "--output", str(output), *options]) == code
         printed = capsys.readouterr()
         lines = output.read_text().splitlines() if output.exists() else []
