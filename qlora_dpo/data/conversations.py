@@ -15,6 +15,8 @@ from typing import Any
 from qlora_dpo.data.columns import add_content, category_of, without
 from qlora_dpo.data.conversation_layouts import LAYOUTS, ConversationLayout
 from qlora_dpo.data.messages import is_silent, messages_of, with_saved_messages
+from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE
+from qlora_dpo.data.pair_formats.layout import text_prompt
 from qlora_dpo.data.preferences import Message, RowError
 from qlora_dpo.data.unclear import LABELS, is_labelled, unclear
 from qlora_dpo.data.values import Values, all_text, text_of, value_of
@@ -163,13 +165,14 @@ def _of_messages(column: str, messages: list[Message]) -> ParsedConversation:
 
 
 def _parse_plaintext(values: Values, names: ConversationColumns) -> ParsedConversation:
-    prompt, response = text_of(values, names.prompt), text_of(values, names.response)
-    for column, text in ((names.prompt, prompt), (names.response, response)):
-        if not text.strip():
-            raise RowError(column, "the text is empty")
-    return ParsedConversation(
-        Conversation(({"role": "user", "content": prompt}, {"role": "assistant", "content": response}))
-    )
+    prompt, response = text_prompt(values, names.prompt), text_of(values, names.response)
+    if not response.strip():
+        raise RowError(names.response, "the answer is empty")
+    if isinstance(prompt, str):
+        question: Message = {"role": "user", "content": prompt}
+        return ParsedConversation(Conversation((question, {"role": "assistant", "content": response})))
+    answer: Message = {"role": "assistant", "content": response.strip()}
+    return ParsedConversation(Conversation((*prompt, answer)), (DIALOGUE,))
 
 
 def _format_of(layout: ConversationLayout) -> ConversationFormat:

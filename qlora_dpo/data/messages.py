@@ -82,7 +82,9 @@ def message_of(field: str, item: object, keys: MessageKeys | None = None) -> Mes
     content = item.get(keys.content)
     if role == "function_call":
         return {"role": known, "content": "", "tool_calls": calls_of(f"{field}.{keys.content}", content)}
-    more = {} if len(item) == 2 else other_fields(field, item, (keys.role, keys.content), known)
+    more = (
+        {} if len(item) == 2 and keys.content in item else other_fields(field, item, (keys.role, keys.content), known)
+    )
     if content is None and "tool_calls" in more:
         content = ""
     elif keys.content not in item:

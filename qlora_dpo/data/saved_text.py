@@ -18,6 +18,7 @@ _LONGEST = 1 << 20
 _MAY_BE_MESSAGES = re.compile(r"\s*(?:array\()?\s*\[?\s*\{")
 _SURELY_MESSAGES = re.compile(r"""\s*(?:array\()?\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 _SPEAKER = re.compile(r"""["'](?:role|from)["']\s*:\s*["']""")
+_SAID = re.compile(r"""["'](?:content|value|tool_calls)["']\s*:""")
 _ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=\w+)?\)\s*", re.DOTALL)
 # numpy prints no commas between the items of an array. Within a text a line end is printed as \n, so that this is none.
 _BETWEEN_ITEMS = re.compile(r"\}\s*\n\s*\{")
@@ -43,7 +44,7 @@ def saved_messages(field: str, text: str) -> Any | None:
     Raises:
         RowError: when it begins as a list of messages and cannot be read.
     """
-    if not _MAY_BE_MESSAGES.match(text) or not _SPEAKER.search(text):
+    if not (_MAY_BE_MESSAGES.match(text) and _SPEAKER.search(text) and _SAID.search(text)):
         return None
     value = parsed_text(text)
     if value is None and _SURELY_MESSAGES.match(text):

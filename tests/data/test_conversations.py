@@ -85,8 +85,8 @@ def test_rows_of_every_form_become_the_same_conversation() -> None:
         ({"messages": list(messages(("user", "q"), ("assistant", " ")))}, r"messages\[1\]: the answer is empty"),
         ({"messages": list(messages(("user", ""), ("assistant", "a")))}, r"messages\[0\].content: an empty message"),
         ({"messages": list(messages(("assistant", "a"))), "tools": ["x"]}, r"tools\[0\]: must be an object"),
-        ({"prompt": " ", "response": "a"}, "prompt: the text is empty"),
-        ({"prompt": "q", "response": ""}, "response: the text is empty"),
+        ({"prompt": " ", "response": "a"}, "prompt: the prompt is empty"),
+        ({"prompt": "q", "response": ""}, "response: the answer is empty"),
         ({"prompt": "q", "response": "a", "category": 3}, "category: must be text"),
     ],
 )

@@ -21,6 +21,7 @@ EXAMPLE: dict[str, Any] = {
 }
 
 JOINED_TURNS = "two turns in a row by the same speaker, joined with a blank line"
+DIALOGUE = "a dialogue in the text of the prompt, read as its turns"
 
 # Begins with a plain character, which makes the search five times faster; a \r before it is stripped anyway.
 _MARKER = re.compile(r"\n\r?\n(Human|Assistant):")
@@ -37,13 +38,13 @@ def holds_dialogues(values: Values, names: ColumnNames) -> bool:
 
 def reads(names: ColumnNames) -> tuple[str, ...]:
     """The columns of this form."""
-    return names.chosen, names.rejected
+    return names.prompt, names.chosen, names.rejected
 
 
 def matches(values: Values, names: ColumnNames) -> bool:
     """Tell by its columns whether a row has this form."""
-    # A prompt beside whole dialogues could mean either; the user has to say.
-    return names.prompt not in values and "instruction" not in values and holds_dialogues(values, names)
+    # An instruction beside whole dialogues could mean either; the user has to say.
+    return "instruction" not in values and holds_dialogues(values, names)
 
 
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
@@ -51,6 +52,9 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
     chosen, chosen_joined = split_dialogue(names.chosen, text_of(values, names.chosen))
     rejected, rejected_joined = split_dialogue(names.rejected, text_of(values, names.rejected))
     history = common_history(chosen, rejected)
+    if values.get(names.prompt) is not None and not _holds(history, text_of(values, names.prompt)):
+        reason = f"holds dialogues of which {names.prompt} is no part (--ignore_columns {names.prompt} leaves it out)"
+        raise RowError(names.chosen, reason)
     pair = PreferencePair(history, chosen[-1]["content"], rejected[-1]["content"])
     return ParsedPair(pair, (JOINED_TURNS,) if chosen_joined or rejected_joined else ())
 
@@ -92,6 +96,31 @@ def split_dialogue(field: str, text: str) -> tuple[list[Message], bool]:
         raise RowError(field, "the dialogue ends with Human, so there is no answer")
     _refuse_empty_turns(field, texts)
     return _join_repeated(speakers, texts)
+
+
+def open_dialogue(text: str) -> tuple[Message, ...] | None:
+    """The turns of a text that is a dialogue and waits for an answer, None where it is none.
+
+    It ends with Human, or with an empty turn of Assistant. One turn of Human alone is a dialogue where empty lines
+    stand before its marker; without them it may be what somebody asked.
+    """
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("Human:", start):
+        return None
+    pieces = _MARKER.split("\n\n" + text.strip())[1:]
+    speakers, texts = pieces[0::2], [piece.strip() for piece in pieces[1::2]]
+    if speakers[-1] == "Assistant" and not texts[-1]:
+        speakers, texts = speakers[:-1], texts[:-1]
+    elif len(speakers) == 1 and text.count("\n", 0, start) < 2:
+        return None
+    return tuple(_join_repeated(speakers, texts)[0]) if speakers[-1] == "Human" and all(texts) else None
+
+
+def _holds(history: tuple[Message, ...], prompt: str) -> bool:
+    """The prompt is the whole dialogue before the answers, or a question in it."""
+    return open_dialogue(prompt) == history or any(
+        turn["role"] == "user" and turn["content"] == prompt.strip() for turn in history
+    )
 
 
 def common_history(chosen: list[Message], rejected: list[Message]) -> tuple[Message, ...]:

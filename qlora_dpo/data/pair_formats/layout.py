@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_dpo.data.messages import messages_of
-from qlora_dpo.data.pair_formats.hh_rlhf import split_dialogue
+from qlora_dpo.data.pair_formats.hh_rlhf import open_dialogue
 from qlora_dpo.data.preferences import ColumnNames, Message, ParsedPair, PreferencePair, RowError
 from qlora_dpo.data.values import Values, kind, text_of
 
@@ -42,7 +42,7 @@ class Layout:
 
 
 def text_prompt(values: Values, column: str) -> Prompt:
-    """A prompt that is text: one question, or a dialogue of hh-rlhf that waits for its answer.
+    """A prompt that is text: one question, or a dialogue in the form of hh-rlhf that waits for its answer.
 
     Raises:
         RowError: when it is empty, or no text.
@@ -50,10 +50,7 @@ def text_prompt(values: Values, column: str) -> Prompt:
     text = text_of(values, column)
     if not text.strip():
         raise RowError(column, "the prompt is empty")
-    if not text.lstrip().startswith("Human:"):
-        return text
-    turns, _ = split_dialogue(column, text.rstrip().removesuffix("\n\nAssistant:") + "\n\nAssistant: answer")
-    return tuple(turns[:-1])
+    return open_dialogue(text) or text
 
 
 def message_pair(prompt: Sequence[Message], chosen: Message, rejected: Message, **more: Any) -> PreferencePair:

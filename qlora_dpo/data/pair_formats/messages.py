@@ -26,7 +26,8 @@ def matches(values: Values, names: ColumnNames) -> bool:
     prompt, chosen, rejected = (_is_messages(values, column) for column in (names.prompt, names.chosen, names.rejected))
     elsewhere = names.prompt not in values and any(_is_messages(values, column) for column in _OTHER_PROMPTS)
     elsewhere = elsewhere or axolotl.matches(values, names)
-    return (prompt or (chosen and rejected)) and not elsewhere
+    answers = (chosen or rejected) if names.prompt in values else (chosen and rejected)
+    return (prompt or answers) and not elsewhere
 
 
 def _is_messages(values: Values, column: str) -> bool:

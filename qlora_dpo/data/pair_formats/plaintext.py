@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dpo.data.messages import check_texts_only
-from qlora_dpo.data.pair_formats.hh_rlhf import holds_dialogues
-from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE, holds_dialogues
+from qlora_dpo.data.pair_formats.layout import text_prompt
+from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair
 from qlora_dpo.data.values import Values, all_text, text_of
 
 COLUMNS = "prompt, chosen, rejected (text)"
@@ -20,16 +21,16 @@ def reads(names: ColumnNames) -> tuple[str, ...]:
 
 def matches(values: Values, names: ColumnNames) -> bool:
     """Tell by its columns whether a row has this form."""
-    # A prompt beside whole dialogues could mean either; the user has to say.
     return all_text(values, names.prompt, names.chosen, names.rejected) and not holds_dialogues(values, names)
 
 
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
     """Read a row. Raises: RowError."""
-    prompt = text_of(values, names.prompt)
-    if not prompt.strip():
-        raise RowError(names.prompt, "the prompt is empty")
-    return ParsedPair(PreferencePair(prompt, text_of(values, names.chosen), text_of(values, names.rejected)))
+    prompt = text_prompt(values, names.prompt)
+    chosen, rejected = text_of(values, names.chosen), text_of(values, names.rejected)
+    if isinstance(prompt, str):
+        return ParsedPair(PreferencePair(prompt, chosen, rejected))
+    return ParsedPair(PreferencePair(prompt, chosen.strip(), rejected.strip()), (DIALOGUE,))
 
 
 def write(pair: PreferencePair) -> dict[str, Any]:
