@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from qlora_dpo.data.files.readers import Row
 from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import detect_format, parse_row
-from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.preferences import ColumnNames, Message, PreferencePair, RefusedRow, RowError
-from qlora_dpo.data.values import clean_text, optional_text_of
+from qlora_dpo.data.prompts import prompt_of, read_prompt
+from qlora_dpo.data.values import optional_text_of
 from qlora_dpo.errors import UsageError
 from qlora_dpo.labeling.refused import report_refused
 
@@ -45,7 +45,7 @@ def read_prompts(
         try:
             reference = optional_text_of(row.values, reference_answer_key)
             category = optional_text_of(row.values, category_key) or None
-            prompt, category_of_pair = _prompt(row, prompt_key)
+            prompt, category_of_pair = _prompt(row, prompt_key, (reference_answer_key, category_key))
             yield PromptRow(
                 number, prompt, category or category_of_pair, reference if reference.strip() else None, row.origin
             )
@@ -67,20 +67,12 @@ def load_prompts(source: str, bad_rows: Literal["fail", "skip"], **keys: str) ->
     return prompts
 
 
-def _prompt(row: Row, prompt_key: str) -> tuple[str | tuple[Message, ...], str | None]:
+def _prompt(row: Row, prompt_key: str, read: Collection[str]) -> tuple[str | tuple[Message, ...], str | None]:
     """The prompt of a row, and the category where it is a pair that brings one."""
     if prompt_key not in row.values:
         pair = _pair(row, prompt_key)
-        return pair.prompt, pair.category
-    value = row.values[prompt_key]
-    if isinstance(value, list | dict):
-        messages = messages_of(prompt_key, value)
-        check_prompt(prompt_key, messages)
-        return tuple(messages), None
-    text = clean_text(prompt_key, value)
-    if not text.strip():
-        raise RowError(prompt_key, "the prompt is empty")
-    return text, None
+        return prompt_of(pair), pair.category
+    return read_prompt(row.values, prompt_key, read), None
 
 
 def _pair(row: Row, prompt_key: str) -> PreferencePair:

@@ -109,6 +109,11 @@ def test_from_and_value_are_read_wherever_messages_are() -> None:
     assert pair_of({"context": talk[:1], "chosen": said("x"), "rejected": said("y")}).messages == (USER,)
 
 
+def test_a_row_of_saved_messages_among_rows_of_text_is_read() -> None:
+    values = {**PLAIN, "chosen": repr([USER, message("x")])}
+    assert parse_row("plaintext", values, NAMES, "").pair.chosen == "x"
+
+
 LONG = [message("s", "system"), *TALK, USER]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dpo.data.messages import check_texts_only
+from qlora_dpo.data.pair_formats import messages
 from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE, holds_dialogues
 from qlora_dpo.data.pair_formats.layout import text_prompt
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair
@@ -25,7 +26,9 @@ def matches(values: Values, names: ColumnNames) -> bool:
 
 
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
-    """Read a row. Raises: RowError."""
+    """Read a row; one of messages, which were saved as text, is read as such. Raises: RowError."""
+    if any(isinstance(values.get(column), (list, dict)) for column in reads(names)):
+        return messages.parse(values, names)
     prompt = text_prompt(values, names.prompt)
     chosen, rejected = text_of(values, names.chosen), text_of(values, names.rejected)
     if isinstance(prompt, str):

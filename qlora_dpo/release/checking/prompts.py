@@ -13,9 +13,8 @@ from qlora_dpo.data.dataset import PairDataset
 from qlora_dpo.data.files.sources import read_rows
 from qlora_dpo.data.formats import detect_format, parse_row
 from qlora_dpo.data.linting.lint import kept_texts, tokenized_source
-from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.preferences import ColumnNames, Message, NoPreferenceError, RefusedRow, RowError
-from qlora_dpo.data.values import clean_text
+from qlora_dpo.data.prompts import prompt_of, read_prompt
 from qlora_dpo.errors import DataError, StorageError
 from qlora_dpo.release.artefact import Artefact
 from qlora_dpo.training.data import load_training_data
@@ -110,16 +109,11 @@ def _read(source: str) -> Iterator[Prompt]:
     for row in read_rows(source):
         if isinstance(row, RefusedRow):
             raise DataError(f"--prompts {source}: {row}. Correct the row.")
-        value = row.values.get(names.prompt)
         try:
-            if isinstance(value, list | dict):
-                messages = messages_of(names.prompt, value)
-                check_prompt(names.prompt, messages)
-                yield messages
-            elif value is not None:
-                yield clean_text(names.prompt, value)
+            if row.values.get(names.prompt) is not None:
+                yield read_prompt(row.values, names.prompt)
             else:
-                yield parse_row(detect_format(row.values, names), row.values, names, row.origin).pair.prompt
+                yield prompt_of(parse_row(detect_format(row.values, names), row.values, names, row.origin).pair)
         except NoPreferenceError:
             continue
         except RowError as error:
