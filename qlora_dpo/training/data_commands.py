@@ -101,8 +101,6 @@ def lint(pairs: PairFileOptions, tokens: TokenOptions, options: LintOptions) -> 
         sources = [tokenized_source(dataset) for dataset in datasets]
     else:
         sources = [text_source(reader_of(file)) for file in files]
-    for file, source in zip(files, sources, strict=True):
-        print("".join(f"{file.file}: {line}\n" for line in not_read(source.unread_columns)), end="")
     counts = [len(source.origins) for source in sources]
     places, trained = range(sum(counts)), sum(counts[: len(training)])
     report = lint_pairs(
