@@ -241,8 +241,8 @@ def _number(text: str) -> float | str:
 
 
 WRITTEN: dict[str, WrittenFormat] = {
-    "hh-rlhf": hh_rlhf,
     "plaintext": plaintext,
+    "hh-rlhf": hh_rlhf,
     "messages": messages,
     "opendpo": opendpo,
     "sharegpt": sharegpt,

@@ -83,7 +83,7 @@ def test_older_and_other_spellings_of_calls_are_the_same() -> None:
         ({"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
          "chosen[0].tool_calls[0].function.arguments: must be an object, or the JSON text of it"),
         ({"refusal": "no"}, "chosen[0]: a message has keys besides role and content ('refusal')"),
-        ({"weight": 0}, "chosen[0]: a message has keys besides role and content ('weight')"),
+        ({"mood": 0}, "chosen[0]: a message has keys besides role and content ('mood')"),
         ({"reasoning": "a", "thinking": "b"},
          "chosen[0].thinking: says something else than another key of the message (reasoning_content)"),
         ({"content": [{"type": "image_url", "image_url": {}}]},

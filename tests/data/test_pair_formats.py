@@ -171,7 +171,7 @@ def test_every_example_is_known_as_itself_and_is_a_row(name: str) -> None:
 
 
 def test_a_format_that_is_not_there_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"--to 'opendop' is not known; choose hh-rlhf, .* Did you mean opendpo\?"):
+    with pytest.raises(UsageError, match=r"--to 'opendop' is not known; choose plaintext, .* Did you mean opendpo\?"):
         check_format("opendop", "to")
 
 
