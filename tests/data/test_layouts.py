@@ -174,7 +174,7 @@ def test_a_pair_under_the_usual_names_is_read_as_such_whatever_stands_beside_it(
 
 
 def test_a_read_only_format_says_so_where_it_is_to_be_written() -> None:
-    with pytest.raises(UsageError, match="--to nectar: this format is only read; pairs are written as hh-rlhf, "):
+    with pytest.raises(UsageError, match="--to nectar: this format is only read; pairs are written as plaintext, "):
         check_format("nectar", "to")
 
 
