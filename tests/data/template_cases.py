@@ -80,7 +80,7 @@ OWN = {
 }  # fmt: skip
 USABLE = [name for name in OWN if name != "parts_only"]
 
-_CONTROL = re.compile(r"<\|[^|<>]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<start_of_image>")
+_CONTROL = re.compile(r"<\|[^|<>\s]+\|?>|<[a-z_]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<start_of_image>")
 
 
 def shared_templates() -> dict[str, str]:
