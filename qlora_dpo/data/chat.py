@@ -237,8 +237,7 @@ def missing_in_prompt(text: str, conversation: Sequence[Message], context: ChatC
     """What a rendered prompt should hold and does not; None where all is there."""
     for message in conversation:
         if message["role"] in ("system", "user") and not holds(text, message["content"]):
-            way_out = FOLD if message["role"] == "system" else ""
-            return RowError("prompt", f"the chat template does not write the {message['role']} message{way_out}")
+            return RowError("prompt", f"the chat template does not write the {message['role']} message")
     for tool in context.tools:
         name = str(tool.get("function", tool).get("name", ""))
         if name not in text:

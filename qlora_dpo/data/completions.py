@@ -48,10 +48,13 @@ def closing_of(whole: str, next_turn: str, answer: str, control: re.Pattern[str]
     What both have in common up to its last control token ends the answer; where they have no control token in common
     (gpt-oss ends only the last answer with `<|return|>`), the last one of the first does.
     """
-    behind, followed = whole.rpartition(answer)[2], next_turn.rpartition(answer)[2]
+    (before, _, behind), followed = whole.rpartition(answer), next_turn.rpartition(answer)[2]
     pieces = list(zip(_pieces(behind, control), _pieces(followed, control), strict=False))
     common = "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pieces))
     ends = [*control.finditer(common)] or [*control.finditer(behind)]
+    rest = behind[len(common) :].strip()
+    if rest and rest in before and len(ends) > 1 and ends[-1].end() == len(common):
+        ends.pop()  # a template that always writes the next generation prompt: this token begins it
     if not ends:
         return AnswerForm(None, behind, control)
     return AnswerForm(ends[-1][0], behind[ends[-1].end() :], control)

@@ -119,7 +119,7 @@ class ConversationTokenizer:
         prompt, last = prompts[-1], completions[-1]
         for part in (prompt, last):
             if isinstance(part, Exception):
-                return refused_by_template(conversation.origin, "messages", part)
+                return refused_by_template(conversation.origin, "messages", part, messages)
         assert isinstance(prompt, str) and isinstance(last, Completion)
         whole = prompt + last.text
         borders = [0]

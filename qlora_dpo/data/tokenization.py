@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qlora_dpo.data.chat import FOLD, NO_CONTEXT, Chat, ChatContext, Prompt
 from qlora_dpo.data.completions import Completion
-from qlora_dpo.data.preferences import PreferencePair, RefusedRow, RowError
+from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow, RowError
 from qlora_dpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -169,11 +169,11 @@ class PairTokenizer:
         return ids[: self.max_length - prompt_length]
 
 
-def refused_by_template(origin: str, field: str, error: Exception) -> RefusedRow:
-    """A row that the chat template cannot write."""
+def refused_by_template(origin: str, field: str, error: Exception, messages: Sequence[Message]) -> RefusedRow:
+    """A row with these messages that the chat template cannot write."""
+    hint = FOLD if messages[0]["role"] == "system" else ""
     if isinstance(error, RowError):
-        return RefusedRow(origin, field if error.field == "answer" else error.field, error.reason)
-    hint = FOLD if "system" in str(error).lower() else ""
+        return RefusedRow(origin, field if error.field == "answer" else error.field, error.reason + hint)
     return RefusedRow(origin, field, f"the chat template refuses it{hint} ({error})")
 
 
@@ -186,7 +186,7 @@ def _rendered(
 ) -> RenderedPair | RefusedRow:
     for field, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if isinstance(part, Exception):
-            return refused_by_template(pair.origin, field, part)
+            return refused_by_template(pair.origin, field, part, pair.messages)
     assert isinstance(prompt, str) and isinstance(chosen, Completion) and isinstance(rejected, Completion)
     chosen, rejected = (replace(part, text=reveal(part.text)) for part in (chosen, rejected))
     return RenderedPair(reveal(prompt), chosen, rejected)

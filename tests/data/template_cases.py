@@ -73,6 +73,9 @@ OWN = {
     + _END
     + _ASK,
     "no_generation_prompt": _HEAD + "{{- m.content -}}" + _END,
+    # The next generation prompt is always there (Command A in some versions).
+    "always_asks": "{%- for m in messages -%}{{- '<|start|><|' + m.role + '|>' + m.content + '<|end|>' -}}"
+    "{%- endfor -%}{{- '<|start|><|assistant|>' -}}",
     "tools": "{%- if tools -%}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' -}}{%- endif -%}"
     + _HEAD
     + "{{- m.content -}}{%- for call in m.tool_calls or [] -%}{{- '\n<tool_call>' + call.function | tojson "

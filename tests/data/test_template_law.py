@@ -28,8 +28,8 @@ _OPEN, _OTHER, _NO_THOUGHT = "would end inside the thought", "behind its own gen
 _PLAIN = ("plain", "system", "plain_turns", "white_space", "line_first", "chinese")
 _THOUGHTS = ("inline_thought", "tight_thought", "reasoning_content", "turns")
 _NO_SYSTEM = {"system": "--system_prompt fold"}
-_UNKNOWN_TO = ("two_ends", "eos_last", "trims", "no_system", "drops_system", "today", "no_generation_prompt", "tools",
-               "cohere", "gemma", "gemma3", "lfm2", "llama3", "llama3_1", "phi3", "qwen2_5",
+_UNKNOWN_TO = ("two_ends", "eos_last", "trims", "no_system", "drops_system", "today", "no_generation_prompt",
+               "always_asks", "tools", "cohere", "gemma", "gemma3", "lfm2", "llama3", "llama3_1", "phi3", "qwen2_5",
                "qwen3_instruct_2507")  # fmt: skip
 REFUSED: dict[str, dict[str, str]] = {name: {"reasoning_content": _NO_THOUGHT} for name in _UNKNOWN_TO}
 for name in ("no_system", "drops_system", "gemma"):
@@ -65,6 +65,8 @@ def rendered(tokenizer: Any, case: Case) -> tuple[str, str]:
     whole = tokenizer.apply_chat_template([*case.messages, answer], tokenize=False, **case.kwargs)
     if "else -%}{{- eos_token" in tokenizer.chat_template or "{% else %}{{ eos_token }}" in tokenizer.chat_template:
         whole = whole.removesuffix(tokenizer.eos_token)
+    if "'<|start|><|assistant|>'" in tokenizer.chat_template:
+        whole = whole.removesuffix("<|start|><|assistant|>")
     names = [re.escape(token.content) for token in control_tokens(tokenizer).values()]
     end = [match.end() for match in re.finditer("|".join(names), whole)][-1]
     return prompt, whole[:end]
