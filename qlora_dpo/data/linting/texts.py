@@ -75,7 +75,7 @@ def find_marks(control_texts: Iterable[str] = ()) -> Marks:
 def _empty_answer(pair: PreferencePair, _: Marks) -> str | None:
     for field, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not _VISIBLE.search(text):
-            return f"{field} holds nothing that can be seen ({text[:20]!a})"
+            return f"{field} holds nothing that can be seen ({text[:20]!r})"
     return None
 
 
@@ -91,10 +91,10 @@ def _template_residue(pair: PreferencePair, marks: Marks) -> str | None:
 
 def _residue(text: str, marks: Marks) -> str | None:
     if found := marks.turn.search(text):
-        return f"chosen goes on with another turn: {found[0]!a} at character {found.start()}"
+        return f"chosen goes on with another turn: {found[0]!r} at character {found.start()}"
     if found := marks.at_border.search(text):
         place = "ends" if found.end() == len(text) else "begins"
-        return f"chosen {place} with {found[0].strip()!a} as text"
+        return f"chosen {place} with {found[0].strip()!r} as text"
     return None
 
 
@@ -103,7 +103,7 @@ def _control_text(pair: PreferencePair, marks: Marks) -> str | None:
         found = marks.any.search(text)
         is_told_elsewhere = found and (_residue(text, marks) if field == "chosen" else _dialogue(field, text))
         if found and not is_told_elsewhere:
-            return f"{field} holds {found[0]!a} at character {found.start()}"
+            return f"{field} holds {found[0]!r} at character {found.start()}"
     return None
 
 
@@ -111,7 +111,7 @@ def _answer_repeats_prompt(pair: PreferencePair, _: Marks) -> str | None:
     prompt = (pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]).strip()
     repeated = bool(prompt) and all(answer.lstrip().startswith(prompt) for answer in (pair.chosen, pair.rejected))
     if repeated and len(prompt.encode(errors="replace")) >= _SHORTEST_PROMPT:
-        return f"both answers begin with the prompt ({prompt[:20]!a})"
+        return f"both answers begin with the prompt ({prompt[:20]!r})"
     return None
 
 
@@ -126,7 +126,7 @@ def _dialogue(field: str, text: str) -> str | None:
     for first, then in _DIALOGUES:
         found = first.search(text)
         if found and (then is None or then.search(text, found.end())):
-            return f"{field} holds a dialogue as text, from {found[0].strip()!a} at character {found.start()} on"
+            return f"{field} holds a dialogue as text, from {found[0].strip()!r} at character {found.start()} on"
     return None
 
 
@@ -135,7 +135,7 @@ def _messages_as_text(pair: PreferencePair, _: Marks) -> str | None:
         written = text.strip()
         is_list = written.startswith(("[", "{", "array(")) and written.endswith(("]", "}", ")"))
         if is_list and _ROLE.search(written) and _CONTENT.search(written):
-            return f"{field} is a list of messages that was written as text ({written[:20]!a})"
+            return f"{field} is a list of messages that was written as text ({written[:20]!r})"
     return None
 
 

@@ -156,7 +156,7 @@ def _difference(before: str, after: str) -> str:
     before, after = before.strip(), after.strip()
     shorter = min(len(before), len(after))
     start = next((place for place in range(shorter) if before[place] != after[place]), shorter)
-    return f"{before[start : start + 12]!a} becomes {after[start : start + 12]!a}, character {start}"
+    return f"{before[start : start + 12]!r} becomes {after[start : start + 12]!r}, character {start}"
 
 
 def _date_in_template(facts: TokenFacts) -> str | None:
