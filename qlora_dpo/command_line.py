@@ -5,11 +5,13 @@ A command is one word (`train`) or two (`data lint`).
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from qlora_dpo.config.checks import nearest
@@ -20,6 +22,7 @@ from qlora_dpo.redaction import redacted, refuse_secrets
 from qlora_dpo.terminal import CLOSED_PIPE, guarded_output, visible_lines
 from qlora_dpo.training.signals import Terminated
 
+_HOME = re.compile(r"~[^/\s]*(?=/|$)")
 NO_FLOAT16 = "float16 is not offered: its range ends at 65504, so DPO gradients overflow"
 RENAMED = {
     "source_max_len": "--max_length (prompt plus answer) and --max_prompt_length (prompt alone)",
@@ -154,13 +157,24 @@ def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:
     _refuse_unknown_flags(argv, [*kinds, "config", "help", "print_config"])
     words = _join_values(argv, kinds)
     try:
-        options = parser.parse_args(words).as_dict()
+        options = _home_expanded(parser.parse_args(words).as_dict())
         if command.defaults is not None:
             parser.set_defaults(_imported(command.defaults)(options))
-            options = parser.parse_args(words).as_dict()
+            options = _home_expanded(parser.parse_args(words).as_dict())
     except ArgumentError as error:
         raise UsageError(_plain_words(str(error), kinds)) from error
     return {name: options[name] for name in kinds}
+
+
+def _home_expanded(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the user's folder in place of `~`, also where a shell does not write it: in YAML, behind `=`."""
+    return {name: _expanded(value) for name, value in options.items()}
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and _HOME.match(value) else value
 
 
 def _name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:

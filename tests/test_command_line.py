@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eval.cli import COMMANDS as EVAL_COMMANDS
 from qlora_dpo.cli import COMMANDS as TOOL_COMMANDS
-from qlora_dpo.command_line import Command, run_commands
+from qlora_dpo.command_line import Command, parse, run_commands
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ def test_function_gets_an_object_of_each_group(line: str, arguments: tuple[Any, 
     calls.clear()
     assert run_commands("x", COMMANDS, line.split()) == 0
     assert calls == [arguments]
+
+
+def test_the_home_folder_is_expanded_where_options_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "run.yaml"
+    config.write_text("model_name_or_path: ~/m\nreference_model: ~/sft\ndataset: ~\noutput_dir: ~/runs/x\n")
+    options = parse("x train", TOOL_COMMANDS["train"], ["--config", str(config), "--dataset=~/pairs.jsonl"])
+    named = [str(options[name]) for name in ("model_name_or_path", "reference_model", "dataset", "output_dir")]
+    assert named == [str(tmp_path / name) for name in ("m", "sft", "pairs.jsonl", "runs/x")]
+    assert parse("x train", TOOL_COMMANDS["train"], ["--prompt_key", "~ or so"])["prompt_key"] == "~ or so"
 
 
 @pytest.mark.parametrize(
