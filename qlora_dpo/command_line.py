@@ -228,5 +228,11 @@ def _plain_words(message: str, known: dict[str, str]) -> str:
     asked = re.search(r'"dtype".*Got value: ((?:torch\.)?(?:float16|fp16|half))\b', message, re.DOTALL)
     if asked and "'float16'" not in message:  # merge stores it, training does not compute in it
         return f"--dtype {asked[1]}: {NO_FLOAT16}. Use bfloat16 (the default) or float32."
+    json_object = re.search(r'Parser key "([^"]+)".*dict\[str.*Given value: (.*)', message, re.DOTALL)
+    if json_object:
+        return (
+            f"--{json_object[1]} {json_object[2].strip()}: must be a JSON object, on the command line in quotes: "
+            "'{\"enable_thinking\": false}'."
+        )
     message = re.sub(r'Parser key "([^"]+)":\s*', r"--\1: ", message)
     return re.sub(r"<class '([^']+)'>", r"\1", message)

@@ -11,6 +11,7 @@ import pytest
 from eval.cli import COMMANDS as EVAL_COMMANDS
 from qlora_dpo.cli import COMMANDS as TOOL_COMMANDS
 from qlora_dpo.command_line import Command, parse, run_commands
+from qlora_dpo.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ def test_the_home_folder_is_expanded_where_options_are_read(tmp_path: Path, monk
     named = [str(options[name]) for name in ("model_name_or_path", "reference_model", "dataset", "output_dir")]
     assert named == [str(tmp_path / name) for name in ("m", "sft", "pairs.jsonl", "runs/x")]
     assert parse("x train", TOOL_COMMANDS["train"], ["--prompt_key", "~ or so"])["prompt_key"] == "~ or so"
+
+
+@pytest.mark.parametrize("value", ['{"a": ', "[1]", "no"])
+def test_template_arguments_are_a_json_object(value: str) -> None:
+    given = parse("x train", TOOL_COMMANDS["train"], ["--chat_template_kwargs", '{"a": [1, true]}'])
+    assert given["chat_template_kwargs"] == {"a": [1, True]}
+    with pytest.raises(UsageError, match=r"--chat_template_kwargs .*: must be a JSON object"):
+        parse("x train", TOOL_COMMANDS["train"], ["--chat_template_kwargs", value])
 
 
 @pytest.mark.parametrize(
