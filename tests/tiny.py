@@ -30,6 +30,23 @@ def random_pairs(lengths: list[tuple[int, int, int]], vocabulary: int = 128, see
     return [IdPair(ids(prompt), ids(chosen), ids(rejected)) for prompt, chosen, rejected in lengths]
 
 
+# Mixtures of experts, as changes of `tiny_config`; the last two have shared experts.
+_MOE = {"num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": _MOE | {"num_local_experts": 4},
+    "qwen3_moe": _MOE | {"num_experts": 4, "moe_intermediate_size": 64},
+    "olmoe": _MOE | {"num_experts": 4},
+    "gpt_oss": _MOE | {"num_local_experts": 4, "sliding_window": 16},
+    "qwen2_moe": _MOE | {
+        "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "head_dim": None,
+    },
+    "deepseek_v3": _MOE | {
+        "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+        "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "head_dim": None, "num_key_value_heads": 4, "n_shared_experts": 1,
+    },
+}  # fmt: skip
+
 RAGGED = [(7, 5, 3), (3, 1, 9), (12, 4, 1), (5, 8, 8), (1, 2, 3)]
 
 

@@ -16,7 +16,7 @@ from qlora_dpo.config.reference import (
     StoreOptions,
     StoreVerifyOptions,
 )
-from qlora_dpo.config.training import TRAIN_GROUPS, LossOptions, PlanOptions, TrainConfig, uses_4bit
+from qlora_dpo.config.training import TRAIN_GROUPS, LoraOptions, LossOptions, PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import UsageError
 
 
@@ -174,8 +174,7 @@ def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
         )
     if not 0 <= data.eval_fraction < 1:
         problems.append(f"--eval_fraction {data.eval_fraction}: must be at least 0 and below 1.")
-    if not 0 <= config.lora.lora_dropout < 1:
-        problems.append(f"--lora_dropout {config.lora.lora_dropout}: must be at least 0 and below 1.")
+    problems += _impossible_dropout(config.lora)
     if not 0 <= training.warmup_ratio <= 1:
         problems.append(f"--warmup_ratio {training.warmup_ratio}: must be between 0 and 1.")
     if training.save_total_limit < 2:
@@ -192,6 +191,14 @@ def _impossible(config: TrainConfig, needs_data: bool) -> list[str]:
             "--model_revision and its full 40-digit commit hash."
         )
     return problems
+
+
+def _impossible_dropout(lora: LoraOptions) -> list[str]:
+    if not 0 <= lora.lora_dropout < 1:
+        return [f"--lora_dropout {lora.lora_dropout}: must be at least 0 and below 1."]
+    if lora.lora_dropout and lora.lora_target_parameters:
+        return [f"--lora_dropout {lora.lora_dropout}: --lora_target_parameters has none. Set it to 0."]
+    return []
 
 
 _POSITIVE = {
@@ -225,7 +232,7 @@ def _ignored(config: TrainConfig) -> list[str]:
         ("num_train_epochs", training.max_steps > 0, "--max_steps is given"),
         ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
         *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
-          for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")),
+          for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")),
         *((name, data.objective == "sft", "--objective sft does not read it") for name in _OF_DPO),
         *((name, data.objective == "dpo", "--objective dpo does not read it") for name in _OF_SFT),
         ("reference_source", config.store.reference_store == "none", "--reference_store none keeps nothing"),

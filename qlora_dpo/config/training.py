@@ -56,7 +56,10 @@ class LoraOptions:
     lora_dropout: float = 0.0
     """Dropout on the adapter's input. Above 0 the first-step identity (loss ln 2) cannot be checked."""
     lora_target_modules: Names = _ALL_LINEAR
-    """Layers that get an adapter: names, or all-linear for every linear layer but the head."""
+    """Layers that get an adapter: names, or all-linear for all linear ones but the head and a mixture of experts'
+    routers."""
+    lora_target_parameters: Names = _NO_NAMES
+    """Stacks of experts that get an adapter, one for each expert: gate_up_proj down_proj. Default: none."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def _dear_operations() -> set[Any]:
     """Operations whose outputs are kept, as far as this torch and bitsandbytes register them."""
     names = (
         "bitsandbytes.gemm_4bit",
+        "aten._grouped_mm",
         "torch_attn._varlen_attn",
         "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_flash_attention",

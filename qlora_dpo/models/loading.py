@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora_dpo.errors import ModelError, QloraDpoError, ResourceError, StorageError, UsageError
+from qlora_dpo.models import experts
 from qlora_dpo.models.comes_quantized import (
     DEQUANTIZABLE,
     dequantize_on_loading,
@@ -81,7 +82,7 @@ def load_base(
     if device.type == "cpu" and (quantization or {}).get("load_in_4bit"):
         check_cpu_quantizable(config, trust_remote_code)
     try:
-        with loading_reports() as reports:
+        with loading_reports() as reports, experts.quantizing():
             model = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
@@ -182,13 +183,14 @@ def check_cpu_quantizable(config: Any, trust_remote_code: bool = False) -> None:
 
     model = model_on_meta(config, trust_remote_code)
     head, beside = model.get_output_embeddings(), tuple(f"{name}." for name in beside_text(model))
-    for name, module in model.named_modules():
-        if module is head or f"{name}.".startswith(beside) or not isinstance(module, nn.Linear | Conv1D):
-            continue
-        in_features = module.in_features if isinstance(module, nn.Linear) else module.nx
-        if in_features % CPU_BLOCK:
+    rows = {name: module.in_features if isinstance(module, nn.Linear) else module.nx
+            for name, module in model.named_modules()
+            if module is not head and isinstance(module, nn.Linear | Conv1D)}  # fmt: skip
+    rows |= {name: experts.stack_shape(module, part)[-1] for name, module, part in experts.stacks_of(model)}
+    for name, length in rows.items():
+        if length % CPU_BLOCK and not name.startswith(beside):
             raise UsageError(
-                f"{name} has {in_features} input features, not a multiple of {CPU_BLOCK}: bitsandbytes would "
+                f"{name} has {length} input features, not a multiple of {CPU_BLOCK}: bitsandbytes would "
                 "dequantize it wrongly on a CPU. Use a GPU, or --load_in_4bit false."
             )
 

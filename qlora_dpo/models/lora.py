@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError, StorageError, UsageError
+from qlora_dpo.models import experts
 from qlora_dpo.models.text_model import beside_text_pattern
 
 POLICY, REFERENCE = "default", "reference"
@@ -24,41 +25,118 @@ IMPORTING_FIELDS = ("auto_mapping", "megatron_config", "base_model_class", "pare
 LORA_FIELDS = {
     "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
     "lora_alpha", "lora_dropout", "lora_bias", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "target_modules",
-    "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern",
     "init_lora_weights", "ensure_weight_tying",
 }  # fmt: skip
+ROUTERS = ("gate", "router")  # as families name what chooses a token's experts
 HARMLESS_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # read only with another field
 
 
 def add_adapter(
-    base: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int
-) -> Any:
+    base: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int,
+    target_parameters: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
+) -> Any:  # fmt: skip
     """Put a fresh LoRA adapter (B = 0, so the policy starts as the base) on the base; returns the PEFT model.
 
     Raises:
-        UsageError: a target module that the model does not have.
+        UsageError: a target that the model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = "all-linear" if tuple(target_modules) == ("all-linear",) else list(target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=_targets(base, target_modules),
         exclude_modules=beside_text_pattern(base),
+        target_parameters=list(target_parameters) or None,
+        rank_pattern=dict(rank_pattern or {}),
         bias="none",
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(base, config)
+        with experts.shown_plain(base):
+            _refuse_unknown_parameters(base, target_parameters)
+            model = get_peft_model(base, config)
     except ValueError as error:
         known = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
         asked = " ".join(target_modules)
         raise UsageError(
             f"--lora_target_modules {asked}: {error} This model's linear layers are {', '.join(known)}."
         ) from error
+    experts.adapt_experts(model)
+    return model
+
+
+def _targets(base: nn.Module, asked: Sequence[str]) -> str | list[str]:
+    """What `asked` means: for all-linear in a mixture of experts, its linear layers by name. PEFT would adapt experts
+    and routers too, which is `target_parameters`."""
+    if tuple(asked) != ("all-linear",):
+        return list(asked)
+    return linear_names(base) if experts.count_experts(base).weights else "all-linear"
+
+
+def linear_names(base: Any) -> list[str]:
+    """Linear layers of a mixture of experts that an adapter can be on: all but the head, routers, gates of one number,
+    and names that PEFT takes for the experts' (`gate_proj` of shared experts in families that fuse `gate_proj`)."""
+    head = base.get_output_embeddings()
+    names = {
+        path.rpartition(".")[2]
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and module.out_features > 1
+        and not set(path.split(".")) & set(ROUTERS)
+    }  # fmt: skip
+    return sorted(name for name in names if not _is_taken_for_experts(base, name))
+
+
+def _is_taken_for_experts(base: nn.Module, name: str) -> bool:
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+    except ValueError:  # a part of what is fused
+        return True
+    return bool(config.target_parameters)
+
+
+def describe_experts(count: experts.ExpertsCount, adapter: Any) -> str | None:
+    """How a mixture of experts is held and what of it is trained, in a line; None for other models."""
+    if not count.weights:
+        return None
+    gib = 2**30
+    held = "in 4 bit" if not count.unpacked else f"{count.unpacked / gib:.1f} GiB of them not quantized"
+    names = " ".join(sorted(adapter.target_modules or ()))
+    trained = " ".join(sorted(adapter.target_parameters or ()))
+    line = (
+        f"Mixture of experts: {count.weights / 1e6:,.1f} M weights are experts' ({count.size / gib:.1f} GiB, {held}). "
+    )
+    if trained:
+        return line + (
+            f"The adapter is on {names} and, for each expert, on {trained}: --lora_target_modules {names} alone is "
+            "much smaller."
+        )
+    return line + (
+        f"They and the router get no adapter (--lora_target_modules {names}); --lora_target_parameters gate_up_proj "
+        "down_proj trains the experts too."
+    )
+
+
+def _refuse_unknown_parameters(base: nn.Module, asked: Sequence[str]) -> None:
+    """PEFT only warns of parameters that it does not find.
+
+    Raises:
+        UsageError: naming one, and those there are.
+    """
+    names = [name for name, parameter in base.named_parameters() if parameter.dim() > 1]
+    for wanted in asked:
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):
+            stacks = sorted({name for _, _, name in experts.stacks_of(base)})
+            known = f"its experts' are {', '.join(stacks)}" if stacks else "it has no experts"
+            raise UsageError(f"--lora_target_parameters {wanted}: the model has no such parameter; {known}.")
 
 
 def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
@@ -73,12 +151,14 @@ def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
+            with experts.shown_plain(base):
+                model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=trainable)
         unknown = _restored(model, folder)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise does_not_fit(folder, str(error)) from error
     if unknown:
         raise does_not_fit(folder, f"it has {unknown[0]}, and the base has no such layer")
+    experts.adapt_experts(model)
     return model
 
 
@@ -93,7 +173,9 @@ def does_not_fit(folder: Path, reason: str) -> ModelError:
 
 def add_frozen_reference(model: Any, folder: Path) -> None:
     """Load the adapter a second time, frozen, as the reference of a policy that started from it."""
-    model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+    with experts.shown_plain(model):
+        model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+    experts.adapt_experts(model)
     model.set_adapter(POLICY)
 
 

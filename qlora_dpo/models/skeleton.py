@@ -6,7 +6,7 @@ It is the real code, the real 4-bit layers and the real adapter, so what is coun
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError
+from qlora_dpo.models import experts
 from qlora_dpo.models.fused_lora import fuse_lora
 from qlora_dpo.models.lean_layers import make_lean
 from qlora_dpo.models.loading import disable_dropout, model_on_meta
@@ -35,6 +36,7 @@ class WeightCount:
     largest: int
     active_parameters: int
     head_parameters: int
+    experts: experts.ExpertsCount
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def build_skeleton(
     dtype: torch.dtype,
     r: int,
     target_modules: Sequence[str],
+    target_parameters: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> Skeleton:
     """Build the policy of a transformers config without weights.
@@ -78,7 +82,10 @@ def build_skeleton(
     _put(stack, samples)
     with torch.device("meta"), torch.random.fork_rng(range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real adapter says it too
-        policy = add_adapter(base, r=r, alpha=r, dropout=0.0, target_modules=target_modules, seed=0)
+        policy = add_adapter(
+            base, r=r, alpha=r, dropout=0.0, target_modules=target_modules, target_parameters=target_parameters,
+            rank_pattern=rank_pattern, seed=0,
+        )  # fmt: skip
     fuse_lora(policy)
     make_lean(policy)
     # PEFT replaces modules within the layers, not the layers; each sample stands for every layer of its kind.
@@ -154,41 +161,49 @@ def _quantize(base: Any, quantization: dict[str, Any], dtype: torch.dtype) -> No
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**quantization), pre_quantized=False)
+    with experts.quantizing():
+        quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**quantization), pre_quantized=False)
     quantizer.preprocess_model(model=base, device_map=None)
     quantizer.postprocess_model(model=base)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            _quantize_4bit(module, dtype)
+            old: Any = module.weight
+            module.weight = _packed(old, dtype, old.quant_type, old.compress_statistics, module)
+            module.quant_state = module.weight.quant_state
         elif isinstance(module, Linear8bitLt):
             _quantize_8bit(module)
+    for full, module, name in list(experts.stacks_of(base)):
+        if quantization.get("load_in_4bit") and full in quantizer.stacks:
+            rows = module._parameters[name].flatten(0, 1)
+            config = quantizer.quantization_config
+            packed = _packed(rows, dtype, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+            experts.put_packed(module, name, packed)
     base.requires_grad_(False)
 
 
-def _quantize_4bit(layer: Any, dtype: torch.dtype) -> None:
-    """Give the layer the packed weight and the scales that it would have after loading."""
+def _packed(weight: Tensor, dtype: torch.dtype, quant_type: str, nested: bool, module: Any = None) -> Any:
+    """The packed weight, with its scales, that a weight would be after loading."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 
-    old, meta = layer.weight, torch.device("meta")
-    blocks = -(-old.numel() // BLOCK)
+    meta = torch.device("meta")
+    blocks = -(-weight.numel() // BLOCK)
     common: dict[str, Any] = {
-        "shape": old.shape, "dtype": dtype, "blocksize": BLOCK, "quant_type": old.quant_type,
+        "shape": weight.shape, "dtype": dtype, "blocksize": BLOCK, "quant_type": quant_type,
         "code": torch.empty(16, device=meta),
     }  # fmt: skip
-    if old.compress_statistics:
+    if nested:
         scales = torch.empty(-(-blocks // NESTED_BLOCK), device=meta)
-        nested = QuantState(scales, blocksize=NESTED_BLOCK, code=torch.empty(256, device=meta), dtype=torch.float32)
+        inner = QuantState(scales, blocksize=NESTED_BLOCK, code=torch.empty(256, device=meta), dtype=torch.float32)
         eight_bit = torch.empty(blocks, dtype=torch.uint8, device=meta)
-        state = QuantState(eight_bit, offset=torch.empty((), device=meta), state2=nested, **common)
+        state = QuantState(eight_bit, offset=torch.empty((), device=meta), state2=inner, **common)
     else:
         state = QuantState(torch.empty(blocks, device=meta), **common)
-    packed = torch.empty((old.numel() + 1) // 2, 1, dtype=torch.uint8, device=meta)
-    layer.weight = Params4bit(
-        packed, requires_grad=False, quant_state=state, quant_type=old.quant_type, bnb_quantized=True, module=layer,
-        compress_statistics=old.compress_statistics,
+    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=meta)
+    return Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type=quant_type, bnb_quantized=True, module=module,
+        compress_statistics=nested,
     )  # fmt: skip
-    layer.quant_state = state
 
 
 def _quantize_8bit(layer: Any) -> None:
@@ -227,25 +242,27 @@ def _count_weights(base: Any, dtype: torch.dtype) -> WeightCount:
             largest = max(largest, module.in_features * module.out_features * dtype.itemsize)
         if isinstance(module, nn.Linear) and module is not head:
             active += module.in_features * module.out_features
+    for _, module, name in experts.stacks_of(base):
+        if experts.is_packed(module, name):
+            seen.add(id(module._parameters[name]))
+            quantized += experts.stack_bytes(module, name)
+            largest = max(largest, experts.stack_shape(module, name).numel() * dtype.itemsize)
     others = {id(parameter): parameter for parameter in base.parameters() if id(parameter) not in seen}
     buffers = sum(buffer.nbytes for buffer in base.buffers())
     config = base.config.get_text_config()
-    experts = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts")
-                    if (n := getattr(config, key, None))), 1)  # fmt: skip
-    used = getattr(config, "num_experts_per_tok", None) or experts
-    active += sum(p.numel() * used // experts for p in others.values() if p.dim() == 3)
+    count = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts")
+                  if (n := getattr(config, key, None))), 1)  # fmt: skip
+    used = getattr(config, "num_experts_per_tok", None) or count
+    of_experts = experts.count_experts(base)
+    active += of_experts.weights * used // count
     return WeightCount(
         quantized, sum(parameter.nbytes for parameter in others.values()) + buffers, largest, active,
-        0 if head is None else head.weight.numel(),
+        0 if head is None else head.weight.numel(), of_experts,
     )  # fmt: skip
 
 
 def _bytes_4bit(layer: Any) -> int:
-    weight, state = layer.weight, layer.weight.quant_state
-    tensors = [weight.data, state.absmax, state.code]
-    if state.nested:
-        tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return sum(tensor.nbytes for tensor in tensors)
+    return experts.packed_bytes(layer.weight, layer.weight.quant_state)
 
 
 def _bytes_8bit(layer: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from qlora_dpo.config.training import ModelOptions, TrainConfig, quantization_of
 from qlora_dpo.data.templates import set_up_chat_template
 from qlora_dpo.data.tokenization import PairTokenizer
+from qlora_dpo.models.experts import count_experts
 from qlora_dpo.models.loading import commit_of, load_base, load_config, load_tokenizer, refuse_untrainable
-from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, load_adapter
+from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, describe_experts, load_adapter
 
 
 def load_training_tokenizer(config: TrainConfig, date: str | None = None) -> Any:
@@ -49,16 +51,20 @@ def load_policy(config: TrainConfig, device: torch.device) -> Any:
     """The quantized base with the policy's adapter, and the reference's where that is an adapter too."""
     name = str(config.model.model_name_or_path)
     base = load_base_of(config.model, device)
+    count = count_experts(base)
     if config.model.reference_model in (None, name):
         lora = config.lora
         model = add_adapter(
             base, r=lora.lora_r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
-            target_modules=lora.lora_target_modules, seed=config.training.seed,
+            target_modules=lora.lora_target_modules, target_parameters=lora.lora_target_parameters,
+            seed=config.training.seed,
         )  # fmt: skip
     else:
         folder = Path(str(config.model.reference_model))
         model = load_adapter(base, folder, trainable=True)
         add_frozen_reference(model, folder)
+    if line := describe_experts(count, model.peft_config[POLICY]):
+        print(line, file=sys.stderr)
     # What a reader of adapter_config.json needs to find this base again: a Hub id with its commit, or a full path.
     is_local = Path(name).is_dir()
     model.peft_config[POLICY].base_model_name_or_path = str(Path(name).resolve()) if is_local else name

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from release.tiny_adapters import MOE, logits, save_adapter, save_base
+from release.tiny_adapters import CPU, MOE, logits, merged, save_adapter, save_base
 from safetensors.torch import load_file
+from tiny import MIXTURES
 from torch import nn
 
 from qlora_dpo.errors import ModelError, UsageError
+from qlora_dpo.models import experts
 from qlora_dpo.models.loading import load_base, load_config
 from qlora_dpo.release.artefact import open_artefact
 from qlora_dpo.release.merging.base_weights import BaseWeights
 from qlora_dpo.release.merging.merge import recipes_of
-from qlora_dpo.release.merging.weights import LayerUpdate, OutOfRange, Recipe, prepare_merge, write_merged
+from qlora_dpo.release.merging.weights import OutOfRange, Recipe, prepare_merge
 
-CPU = torch.device("cpu")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 QUANTIZATIONS = {
     "nf4, double": NF4 | {"bnb_4bit_use_double_quant": True},
@@ -28,7 +29,6 @@ QUANTIZATIONS = {
     "8 bit": {"load_in_8bit": True},
     "none": None,
 }
-ORIGINAL = Recipe("original", torch.float32)
 
 
 def in_memory(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -39,6 +39,9 @@ def in_memory(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
+            if key in experts.STACKS:
+                found[f"{name}.{key}"] = experts.dense_stack(module, key, torch.float32)
+                continue
             is_quantized = type(parameter).__name__ in {"Params4bit", "Int8Params"}
             weight: Any = dequantize_module_weight(module) if is_quantized else parameter.data
             if is_quantized and issubclass(module.source_cls, Conv1D):  # type: ignore[arg-type]
@@ -51,10 +54,12 @@ def check_held(folder: Path, quantization: dict[str, Any] | None, dtype: torch.d
     """What is read of the folder is, bit for bit, what loading it holds."""
     base = BaseWeights(folder, load_config(str(folder)), quantization=quantization, dtype=dtype, device=CPU)
     expected = in_memory(load_base(str(folder), device=CPU, quantization=quantization, dtype=dtype))
-    whole = [tensor for tensor in base.tensors if tensor.is_whole]
-    assert {tensor.parameter for tensor in whole} <= expected.keys()
-    for tensor in whole:
-        assert torch.equal(base.held(tensor), expected[tensor.parameter]), tensor.name
+    assert {tensor.parameter for tensor in base.tensors} <= expected.keys()
+    for tensor in base.tensors:
+        wanted = {tensor.name: expected[tensor.parameter]}
+        if not tensor.is_whole:
+            wanted = base.parts.apart(tensor.parameter, expected[tensor.parameter])
+        assert torch.equal(base.held(tensor), wanted[tensor.name]), tensor.name
     return base
 
 
@@ -74,7 +79,8 @@ def test_base_is_read_as_training_held_it(quantization: Any, dtype: torch.dtype,
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("gpt2", {"n_embd": 64, "n_inner": 128, "tie_word_embeddings": True}), ("qwen2_moe", MOE), ("phi3", {}),
-     ("gemma3_text", {"tie_word_embeddings": True}), ("mixtral", {"num_local_experts": 4})],
+     ("gemma3_text", {"tie_word_embeddings": True}), ("mixtral", MIXTURES["mixtral"]),
+     ("gpt_oss", MIXTURES["gpt_oss"])],
 )  # fmt: skip
 def test_architectures_are_read_as_training_held_them(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     check_held(save_base(tmp_path, family, **changes), QUANTIZATIONS["nf4, double"], torch.bfloat16)
@@ -92,14 +98,6 @@ def test_base_that_comes_quantized_is_read_as_training_held_it(kind: str, own: t
     )
     base = check_held(tmp_path / "base", None, torch.bfloat16)
     assert base.comes_quantized and any(tensor.companions for tensor in base.tensors)
-
-
-def merged(folder: Path, adapter: Path, recipe: Recipe = ORIGINAL) -> tuple[dict[str, torch.Tensor], list[LayerUpdate]]:
-    """Tensors of the merged folder, by name, and what was measured while it was written."""
-    updates = write_merged(prepare_merge(open_artefact(adapter), CPU), recipe, folder, "50KB")
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 1
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}, updates
 
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")

@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer, with_lora
 
 from qlora_dpo.config.training import TrainConfig
 from qlora_dpo.models import lora
+from qlora_dpo.release.artefact import open_artefact
+from qlora_dpo.release.merging.weights import LayerUpdate, Recipe, prepare_merge, write_merged
 from qlora_dpo.training.folder.checkpoints import save_checkpoint
 from qlora_dpo.training.folder.content import weights_fingerprint
 
+CPU = torch.device("cpu")
+ORIGINAL = Recipe("original", torch.float32)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 
 
@@ -68,3 +73,11 @@ def logits(model: Any) -> torch.Tensor:
     ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model.eval()(ids).logits.float()
+
+
+def merged(folder: Path, adapter: Path, recipe: Recipe = ORIGINAL) -> tuple[dict[str, torch.Tensor], list[LayerUpdate]]:
+    """Tensors of the merged folder, by name, and what was measured while it was written."""
+    updates = write_merged(prepare_merge(open_artefact(adapter), CPU), recipe, folder, "50KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}, updates

@@ -201,7 +201,7 @@ def test_launch_is_understood() -> None:
 def test_experts_are_refused() -> None:
     layer = torch.nn.Module()
     layer.experts = torch.nn.Parameter(torch.zeros(2, 4, 4))
-    with pytest.raises(ModelError, match=r"experts is a stack of weights .*fsdp_qlora.yaml"):
+    with pytest.raises(ModelError, match=r"mixture of experts.*fsdp_qlora.yaml"):
         partition(layer, torch.device("cpu"))
 
 

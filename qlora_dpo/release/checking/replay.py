@@ -15,6 +15,7 @@ from torch import Tensor
 from qlora_dpo.data.chat import Chat
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import ModelError, StorageError
+from qlora_dpo.models import experts
 from qlora_dpo.models.generation import complete
 from qlora_dpo.models.lora import load_adapter
 from qlora_dpo.release.artefact import Artefact
@@ -208,15 +209,19 @@ def _on_its_base(folder: Path, device: torch.device, origin: TrainedOn) -> Any:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     quantization, dtype = base_held(folder) or (origin.quantization, origin.dtype)
     is_same_base = config.get("base_model_name_or_path") in (None, origin.base)
-    base = AutoModelForCausalLM.from_pretrained(
-        origin.base if is_same_base else config["base_model_name_or_path"],
-        revision=origin.revision if is_same_base else config.get("revision"),
-        dtype=dtype,
-        quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
-        use_safetensors=True,
-        device_map={"": device},
-    )
-    return PeftModel.from_pretrained(base, str(folder))
+    with experts.quantizing():  # which neither transformers nor PEFT does
+        base = AutoModelForCausalLM.from_pretrained(
+            origin.base if is_same_base else config["base_model_name_or_path"],
+            revision=origin.revision if is_same_base else config.get("revision"),
+            dtype=dtype,
+            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+            use_safetensors=True,
+            device_map={"": device},
+        )
+    with experts.shown_plain(base):
+        model = PeftModel.from_pretrained(base, str(folder))
+    experts.adapt_experts(model)
+    return model
 
 
 def refuse_missing(folder: Path) -> None:

@@ -32,20 +32,22 @@ class AdapterUpdates:
         self.keeps_ties = bool(policy.peft_config[POLICY].ensure_weight_tying)
         """Where both of two tied weights have an adapter, it is one and the same."""
         self.layers: dict[str, Any] = {
-            name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)
+            _parameter_of(name, module): module
+            for name, module in base.named_modules()
+            if isinstance(module, LoraLayer)
         }
-        """By the name of the module that each one wraps."""
+        """By the parameter that each one adapts."""
         self.biases: dict[str, Tensor] = {}
         """What lora_bias adds, by parameter."""
         self.replaced: dict[str, Tensor] = _trained_wholly(base)
         """Parameters of which the adapter brings its own, such as modules_to_save."""
-        for name, layer in self.layers.items():
-            self._prepare(name, layer)
+        for parameter, layer in self.layers.items():
+            self._prepare(parameter, layer)
 
     @property
     def changed(self) -> set[str]:
         """The parameters that the merge changes."""
-        return {f"{name}.weight" for name in self.layers} | self.biases.keys() | self.replaced.keys()
+        return self.layers.keys() | self.biases.keys() | self.replaced.keys()
 
     def merged(self, parameter: str, base: Tensor) -> Tensor:
         """The merged parameter, in float32; `base` is left as it is.
@@ -56,24 +58,26 @@ class AdapterUpdates:
         start = self.replaced[parameter].float() if parameter in self.replaced else base
         if parameter in self.biases:
             return start + self.biases[parameter]
-        layer = self.layers.get(parameter.removesuffix(".weight"))
-        if layer is None or not parameter.endswith(".weight"):
+        if parameter not in self.layers:
             return start
+        layer, name = self.layers[parameter], parameter.rpartition(".")[2]
         module = layer.get_base_layer()
-        empty = module.weight
-        module.weight = nn.Parameter(start, requires_grad=False)
+        empty = getattr(module, name)
+        setattr(module, name, nn.Parameter(start, requires_grad=False))
         try:
             layer.merge(safe_merge=True)
-            return module.weight.data
+            merged: Tensor = getattr(module, name).data
+            return merged
         except ValueError as error:
             raise ModelError(f"{self.folder}: {parameter} cannot be merged: {error}") from error
         finally:
-            module.weight = empty
+            setattr(module, name, empty)
             layer.merged_adapters.clear()
 
-    def _prepare(self, name: str, layer: Any) -> None:
+    def _prepare(self, parameter: str, layer: Any) -> None:
+        name, _, own = parameter.rpartition(".")
         module = layer.get_base_layer()
-        if not isinstance(getattr(module, "weight", None), nn.Parameter) or getattr(layer, "parameter_name", None):
+        if not isinstance(getattr(module, own, None), nn.Parameter):
             raise ModelError(
                 f"{self.folder}: {name} ({type(layer).__name__}) is not one weight with an adapter of its own, which "
                 "is all that is merged here. Merge it with PEFT."
@@ -87,6 +91,11 @@ class AdapterUpdates:
             )
         layer.lora_bias[POLICY] = False  # added to the bias, which is streamed apart from the weight
         self.biases[f"{name}.bias"] = layer.lora_B[POLICY].bias.data.float() * layer.scaling[POLICY]
+
+
+def _parameter_of(name: str, layer: Any) -> str:
+    """The parameter that a LoRA layer of this name adapts: a weight, or experts (whose layers are nested)."""
+    return f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:

@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from qlora_dpo.errors import ModelError, StorageError
+from qlora_dpo.models import experts
 from qlora_dpo.models.loading import check_cpu_quantizable, model_on_meta
 from qlora_dpo.models.weight_files import weight_files
+from qlora_dpo.release.merging.parts import Parts
 
 SHOWN = 3  # names in a message
 
@@ -88,9 +90,11 @@ class BaseWeights:
         if self._quantizer is not None and not self.comes_quantized:
             self._skeleton = _plain_model(config)
             self._quantizer.preprocess_model(model=self._skeleton, device_map=None)
+        self.parts: Parts
+        """What is stored in parts, such as experts."""
         self.tensors = self._placed()
         self.lost_parts = self._quantized_in_parts()
-        """Weights that training held quantized and that are stored in parts: these cannot be formed here."""
+        """Weights that training held quantized and that are stored in parts which are not joined here."""
 
     @property
     def half_type(self) -> torch.dtype:
@@ -143,6 +147,8 @@ class BaseWeights:
 
     def held(self, tensor: Stored) -> Tensor:
         """The weight as training held it, dequantized where it was quantized; numbers in float32."""
+        if not tensor.is_whole and self._is_quantized(tensor.parameter):
+            return self.parts.apart(tensor.parameter, self.whole(tensor.parameter, as_held=True))[tensor.name]
         value = self.stored(tensor.name)
         if tensor.companions:
             return self._dequantized_as_stored(tensor, value)
@@ -151,6 +157,16 @@ class BaseWeights:
         if not value.is_floating_point():
             return value
         return value.to(self.dtypes.get(tensor.parameter, value.dtype)).float()
+
+    def whole(self, parameter: str, *, as_held: bool) -> Tensor:
+        """A parameter that is stored in parts, as training held it or as it is stored; in float32."""
+        parts = {name: self.stored(name) for name in self.parts.names[parameter]}
+        if not as_held:
+            return self.parts.joined(parameter, {name: part.float() for name, part in parts.items()})
+        if self._is_quantized(parameter):
+            return self._quantized_and_back(parameter, self.parts.joined(parameter, parts))
+        dtype = self.dtypes[parameter]
+        return self.parts.joined(parameter, {name: part.to(dtype).float() for name, part in parts.items()})
 
     def _is_quantized(self, parameter: str) -> bool:
         if self._skeleton is None or parameter not in self.dtypes:
@@ -161,6 +177,8 @@ class BaseWeights:
         operation = self._quantizer.get_quantize_ops()
         value = value.to(self.device, self.dtype)
         weight = operation.convert({parameter: value}, model=self._skeleton)[parameter]
+        if value.dim() == experts.STACK_DIMENSIONS:
+            return _dequantized(weight).view(value.shape)
         module = self._skeleton.get_submodule(parameter.rpartition(".")[0])
         if hasattr(module, "quant_state"):
             module.quant_state = None  # bitsandbytes keeps it there, for every layer that was quantized
@@ -190,7 +208,7 @@ class BaseWeights:
         state, prefix = self.model.state_dict(), self.model.base_model_prefix
         companions = _companions(self._files, self._quantizer) if self.comes_quantized else {}
         of_others = {name for names in companions.values() for name in names}
-        placed = []
+        placed, patterns = [], {}
         for name in self._files:
             if name in of_others:
                 continue
@@ -198,6 +216,8 @@ class BaseWeights:
             if parameter not in state and name in state:
                 parameter, converter = rename_source_key(name, [], [], prefix, state)
             is_whole = converter is None and parameter in state
+            if converter is not None and parameter in state:
+                patterns[name] = parameter, converter
             shape = tuple(state[parameter].shape if name in companions and is_whole else self._slice(name).get_shape())
             placed.append(Stored(name, parameter, is_whole, shape, tuple(companions.get(name, ()))))
             if is_whole and shape != tuple(state[parameter].shape):
@@ -205,11 +225,15 @@ class BaseWeights:
                     f"{self.folder}: {name} has the shape {list(shape)}, and config.json says "
                     f"{list(state[parameter].shape)}. Restore the base."
                 )
+        self.parts = Parts(self.model, patterns, {tensor.name: tensor.shape for tensor in placed})
         return tuple(placed)
 
     def _quantized_in_parts(self) -> list[str]:
         parts = {tensor.parameter: tensor for tensor in self.tensors if not tensor.is_whole}
-        return sorted(name for name, part in parts.items() if part.companions or self._is_quantized(name))
+        return sorted(
+            name for name, part in parts.items()
+            if part.companions or (self._is_quantized(name) and name not in self.parts.separable)
+        )  # fmt: skip
 
     def _slice(self, name: str) -> Any:
         with safe_open(self._files[name], "pt", backend="pread") as file:
@@ -234,7 +258,8 @@ def _quantizer(config: Any, quantization: Mapping[str, Any] | None) -> Any:
     own = getattr(config, "quantization_config", None)
     if not own:
         wanted = BitsAndBytesConfig(**quantization) if quantization else None
-        return wanted and AutoHfQuantizer.from_config(wanted, pre_quantized=False)
+        with experts.quantizing():
+            return wanted and AutoHfQuantizer.from_config(wanted, pre_quantized=False)
     quantizer = AutoHfQuantizer.from_config(own, pre_quantized=True)
     if not isinstance(quantizer, Bnb4BitHfQuantizer | Bnb8BitHfQuantizer):
         raise ModelError(

@@ -1,4 +1,5 @@
-"""Writes base plus adapter as a plain model folder, shard by shard; in memory there is one shard and one layer.
+"""Writes base plus adapter as a plain model folder, shard by shard; in memory there is one shard and one layer
+(of experts that are stored one by one, all of a layer's).
 
 The sum is formed in float32 and rounded once, to the storage type. Tensors keep the names that they have in the base's
 files. Nothing of quantization is left: what was quantized is written dequantized.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from qlora_dpo.release.merging.base_weights import SHOWN, BaseWeights, Stored, d
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Base = Literal["train", "original"]
+Parted = dict[str, Tensor]
+KEPT_STACKS = 2  # of experts, whose parts lie beside each other in a file: an up and a down projection
 _PART = 2**22  # numbers that are compared at a time
 _BESIDES = 64 * 2**20  # bytes for the tokenizer and other small files
 
@@ -83,6 +86,8 @@ class Merge:
     outputs: tuple[Output, ...]
     is_untied: bool
     """The two embeddings, tied in the base's config, differ: by the adapter, or already in its files."""
+    stacks: dict[tuple[str, str], tuple[Parted, Parted]] = field(default_factory=dict, compare=False)
+    """The parts of the experts that were merged last, by base and parameter."""
 
     @property
     def bases(self) -> tuple[Base, ...]:
@@ -146,11 +151,11 @@ def prepare_merge(artefact: Artefact, device: torch.device) -> Merge:
     is_untied = _settle_ties(base, updates, outputs)
     whole = {output.parameter for output in outputs.values() if output.source.is_whole}
     tied = {name for pair in base.model.all_tied_weights_keys.items() if whole & set(pair) for name in pair}
-    missing = sorted(updates.changed - whole - tied)
+    missing = sorted(updates.changed - whole - tied - set(base.parts.separable))
     if missing:
         raise ModelError(
             f"{artefact.adapter}: the adapter changes {', '.join(missing[:SHOWN])}, which {origin.base} does not store "
-            "as one tensor, so it cannot be merged here. Merge it with PEFT."
+            "as one tensor nor in parts that can be joined, so it cannot be merged here. Merge it with PEFT."
         )
     return Merge(artefact, base, updates, tuple(outputs.values()), is_untied)
 
@@ -175,6 +180,7 @@ def write_merged(merge: Merge, recipe: Recipe, folder: Path, max_shard_size: int
             measured += update
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard
+    merge.stacks.clear()
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -192,15 +198,34 @@ def _stored(merge: Merge, recipe: Recipe, output: Output, dtype: torch.dtype) ->
     """One tensor as it is written, and what the adapter did to it, if anything."""
     weight, merged = merged_tensor(merge, recipe, output)
     stored = _rounded(output.name, merged, dtype)
-    is_changed = output.parameter in merge.updates.changed
-    return stored, [_measured(output.parameter, weight, merged, stored)] if is_changed else []
+    if output.parameter not in merge.updates.changed:
+        return stored, []
+    name = output.parameter if output.source.is_whole else output.name
+    return stored, [_measured(name, weight, merged, stored)]
 
 
 def merged_tensor(merge: Merge, recipe: Recipe, output: Output) -> tuple[Tensor, Tensor]:
     """(the base's, the merged one), in float32."""
+    if output.parameter in merge.base.parts.separable:
+        before, after = _merged_parts(merge, recipe, output.parameter)
+        return before[output.name], after[output.name]
     weight = merge.base.held(output.source) if recipe.base == "train" else merge.base.original(output.source)
     is_changed = output.parameter in merge.updates.changed
     return weight, merge.updates.merged(output.parameter, weight) if is_changed else weight
+
+
+def _merged_parts(merge: Merge, recipe: Recipe, parameter: str) -> tuple[Parted, Parted]:
+    """The parts that a parameter is stored in, before and after the merge."""
+    key = recipe.base, parameter
+    if key not in merge.stacks:
+        if len(merge.stacks) == KEPT_STACKS:
+            del merge.stacks[next(iter(merge.stacks))]  # the oldest
+        parts, weight = merge.base.parts, merge.base.whole(parameter, as_held=recipe.base == "train")
+        before = after = parts.apart(parameter, weight)
+        if parameter in merge.updates.changed:
+            after = parts.apart(parameter, merge.updates.merged(parameter, weight))
+        merge.stacks[key] = before, after
+    return merge.stacks[key]
 
 
 def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -202,7 +202,9 @@ def levels_of_run(
     try:
         skeleton = build_skeleton(
             _plain_config(base.config), quantization=quantization_of(config.model), dtype=base.dtype, r=adapter.r,
-            target_modules=list_of_targets(adapter.target_modules), trust_remote_code=config.model.trust_remote_code,
+            target_modules=list_of_targets(adapter.target_modules),
+            target_parameters=sorted(adapter.target_parameters or ()), rank_pattern=adapter.rank_pattern,
+            trust_remote_code=config.model.trust_remote_code,
         )  # fmt: skip
         if len(skeleton.kinds) != len(decoder_layers(policy)):
             raise ModelError(f"{type(base).__name__} has layers outside its decoder. Set --activation_checkpointing.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlora_dpo.config.training import PlanOptions, TrainConfig, uses_4bit
 from qlora_dpo.errors import ResourceError
+from qlora_dpo.models.lora import POLICY, describe_experts
 from qlora_dpo.models.skeleton import Skeleton
 from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.memory.levels import Lengths, describe, lengths_of, trained_bytes
@@ -43,6 +44,7 @@ def does_not_fit(config: TrainConfig, memory: MemoryPlan, skeleton: Skeleton) ->
     advice = [
         "quantize the base (--load_in_4bit true)" if not uses_4bit(config.model) else "",
         "leave --activation_checkpointing to auto" if config.training.activation_checkpointing != "auto" else "",
+        "train no experts (--lora_target_parameters)" if skeleton.policy.peft_config[POLICY].target_parameters else "",
         f"lower --lora_r (each 8 of it take {8 * of_adapter / skeleton.r / GIB:.2f} GiB)",
         "use --optim paged_adamw_8bit" if memory.machine.device_type == "cuda" and "8bit" not in optimizer else "",
         f"lower --max_length or --max_tokens_per_microbatch (now {memory.tokens} tokens at once)",
@@ -63,6 +65,8 @@ def memory_table(memory: MemoryPlan, skeleton: Skeleton, asked: str) -> list[str
         f"{skeleton.adapter_parameters / 1e6:.1f} M parameters are trained; the largest weight takes "
         f"{skeleton.weights.largest / GIB:.2f} GiB while it is dequantized.",
     ]
+    of_experts = describe_experts(skeleton.weights.experts, skeleton.policy.peft_config[POLICY])
+    lines += [of_experts] if of_experts else []
     counted = memory.counted
     if counted is None:
         return [*lines, "What the layers keep for the backward pass cannot be counted for this architecture."]

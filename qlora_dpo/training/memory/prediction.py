@@ -115,12 +115,15 @@ def skeleton_of(config: TrainConfig, machine: Machine) -> Skeleton:
     hub = load_base_config(model)
     if machine.device_type == "cpu" and uses_4bit(model):
         check_cpu_quantizable(hub, model.trust_remote_code)
-    r, targets = lora.lora_r, list(lora.lora_target_modules)
+    r, targets, parameters = lora.lora_r, list(lora.lora_target_modules), list(lora.lora_target_parameters)
+    rank_pattern: dict[str, int] = {}
     if has_adapter_as_reference(config):
         adapter = check_adapter_folder(Path(str(model.reference_model)))
         r, targets = int(adapter["r"]), list_of_targets(adapter["target_modules"])
+        parameters, rank_pattern = adapter.get("target_parameters") or [], adapter.get("rank_pattern") or {}
     return build_skeleton(
         hub, quantization=quantization_of(model), r=r, target_modules=targets,
+        target_parameters=parameters, rank_pattern=rank_pattern,
         dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
         trust_remote_code=model.trust_remote_code,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.activation_checkpointing import decoder_layers
+from qlora_dpo.models.experts import count_experts
 from qlora_dpo.models.fused_lora import dense_weight
 
 
@@ -30,12 +31,11 @@ def partition(model: nn.Module, device: torch.device) -> None:
     Raises:
         ModelError: the layers hold experts, which are no linear layers.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 2:
-            raise ModelError(
-                f"{name} is a stack of weights (experts), which ZeRO-3 here would keep whole on every GPU. Use "
-                "rlhf/accelerate/fsdp_qlora.yaml."
-            )
+    if count_experts(model).weights:
+        raise ModelError(
+            "the base is a mixture of experts, whose stacks of weights ZeRO-3 here would keep whole on every GPU. Use "
+            "rlhf/accelerate/fsdp_qlora.yaml."
+        )
     # DeepSpeed asks the environment where it is; a scheduler may show each process its own GPU only.
     os.environ |= {"LOCAL_RANK": str(device.index or 0), "DS_ACCELERATOR": device.type}
     from deepspeed import ops, zero
