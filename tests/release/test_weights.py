@@ -96,7 +96,7 @@ def test_base_that_comes_quantized_is_read_as_training_held_it(kind: str, own: t
     AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=own).save_pretrained(
         tmp_path / "base"
     )
-    base = check_held(tmp_path / "base", None, torch.bfloat16)
+    base = check_held(tmp_path / "base", QUANTIZATIONS[kind], torch.bfloat16)
     assert base.comes_quantized and any(tensor.companions for tensor in base.tensors)
 
 
