@@ -124,7 +124,10 @@ def _quantizer_class() -> Any:
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    class Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+    of_tensor: Any = Bnb4bitQuantize
+    of_model: Any = Bnb4BitHfQuantizer
+
+    class Quantize(of_tensor):  # type: ignore[misc]
         """Quantizes a tensor that was read, a layer's weight or a stack of experts."""
 
         def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def _quantizer_class() -> Any:
             found = super().convert(layers, **kwargs) if layers else {}
             return found | {name: self.hf_quantizer.packed(value) for name, value in stacks.items()}
 
-    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    class Quantizer(of_model):  # type: ignore[misc]
         """transformers' quantizer for 4 bit that knows experts."""
 
         stacks: frozenset[str] = frozenset()
@@ -161,10 +164,11 @@ def _quantizer_class() -> Any:
 
             stack = value[0] if isinstance(value, list) else value
             config = self.quantization_config
-            return Params4bit(
+            packed: Any = Params4bit(
                 stack.reshape(-1, stack.shape[-1]), requires_grad=False, quant_type=config.bnb_4bit_quant_type,
                 compress_statistics=config.bnb_4bit_use_double_quant,
-            ).to(stack.device)  # fmt: skip
+            )  # fmt: skip
+            return packed.to(stack.device)
 
     return Quantizer
 
@@ -191,11 +195,12 @@ def adapt_experts(model: nn.Module) -> int:
 
     inner = {id(module.base_layer) for module in model.modules() if isinstance(module, ParamWrapper)}
     count = 0
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if isinstance(module, ParamWrapper) and id(module) not in inner:
             experts, wrappers = _unwrapped(module)
             if hasattr(experts, "_is_expert_parallel") and wrappers.keys() <= set(STACKS):
-                module.forward = partial(_forward, experts, wrappers)
+                module.forward = partial(_forward, experts, wrappers)  # type: ignore[method-assign]
                 count += 1
     return count
 

@@ -131,7 +131,7 @@ def _refuse_unknown_parameters(base: nn.Module, asked: Sequence[str]) -> None:
     Raises:
         UsageError: naming one, and those there are.
     """
-    names = [name for name, parameter in base.named_parameters() if parameter.dim() > 1]
+    names = [name for name, parameter in base.named_parameters() if parameter.dim() > 1 and not name.endswith("bias")]
     for wanted in asked:
         if not any(f".{name}".endswith(f".{wanted}") for name in names):
             stacks = sorted({name for _, _, name in experts.stacks_of(base)})

@@ -168,8 +168,8 @@ def _quantize(base: Any, quantization: dict[str, Any], dtype: torch.dtype) -> No
     for module in base.modules():
         if isinstance(module, Linear4bit):
             old: Any = module.weight
-            module.weight = _packed(old, dtype, old.quant_type, old.compress_statistics, module)
-            module.quant_state = module.weight.quant_state
+            packed = _packed(old, dtype, old.quant_type, old.compress_statistics, module)
+            module.weight, module.quant_state = packed, packed.quant_state
         elif isinstance(module, Linear8bitLt):
             _quantize_8bit(module)
     for full, module, name in list(experts.stacks_of(base)):

@@ -41,7 +41,7 @@ class Parts:
     def joined(self, parameter: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The whole parameter of its parts by name."""
         names = self.names[parameter]
-        converter = deepcopy(self._converters[self._patterns[names[0]][1]])
+        converter: Any = deepcopy(self._converters[self._patterns[names[0]][1]])
         for name in names:
             converter.add_tensor(parameter, name, self._patterns[name][1], parts[name])
         found = converter.convert(parameter, model=self._model, config=self._model.config)[parameter]
