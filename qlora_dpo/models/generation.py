@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_dpo.models.lora import reference_active
+from qlora_dpo.models.positions import room_for_answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ def _generate_batch(
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     width = max(len(prompt) for prompt in prompts)
+    max_new_tokens = room_for_answer(model, width, max_new_tokens)
     pad = tokenizer.pad_token_id
     device = model.device
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)

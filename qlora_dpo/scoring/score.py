@@ -33,8 +33,9 @@ from qlora_dpo.scoring.reference import load_reference, local_compute
 from qlora_dpo.scoring.report import ScoreReport
 from qlora_dpo.scoring.rows import ScoredRows, refuse_output, worst_lines
 from qlora_dpo.training.data import load_training_data
-from qlora_dpo.training.policy import load_base_of
+from qlora_dpo.training.policy import load_base_config, load_base_of
 from qlora_dpo.training.referencing import default_store, identity_by_files, refuse_unusable_store
+from qlora_dpo.training.row_positions import check_positions
 
 REFERENCE, POLICY = "reference", "policy"
 
@@ -50,9 +51,11 @@ def score(config: TrainConfig, options: ScoreOptions, ray: RayOptions) -> None:
     adapter = None if options.adapter == NONE else open_adapter(options.adapter)
     if adapter is not None:
         check_fit(adapter, config)
+    base_config = load_base_config(config.model)
     tokenizer = tokenizer_of(adapter, config)
     every_pair = replace(config.data, eval_fraction=0.0)
     data = load_training_data(every_pair, tokenizer, config.training.seed)
+    check_positions(base_config, data, config.model.trust_remote_code)
     print("\n".join(line for source in data.sources for line in source.report.summary()), file=sys.stderr)
     with ways_of(config, adapter, data.pairs, ray) as ways, ExitStack() as stores:
         try:

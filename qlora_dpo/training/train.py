@@ -57,6 +57,7 @@ from qlora_dpo.training.records.model_card import write_model_card
 from qlora_dpo.training.records.trackers import start_trackers
 from qlora_dpo.training.records.tracking import Recorder, read_metrics
 from qlora_dpo.training.referencing import reference_of_run, refuse_unusable_store
+from qlora_dpo.training.row_positions import check_positions
 from qlora_dpo.training.row_reference import refuse_row_sums
 from qlora_dpo.training.samples import SamplePrinter
 from qlora_dpo.training.schedule import make_schedule
@@ -93,11 +94,12 @@ def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: R
         return None
     if ranks.is_sharded:
         refuse_unshardable(config, ranks)
-    load_base_config(config.model)
+    base_config = load_base_config(config.model)
     tokenizer = load_training_tokenizer(config, ranks.on_main(run.chat_template_date))
     data = ranks.main_first(lambda: load_training_data(config.data, tokenizer, config.training.seed))
     print("\n".join(data.summary()), file=sys.stderr)
     lint = lint_training_data(config.data, data, tokenizer) if ranks.is_main else None
+    check_positions(base_config, data, config.model.trust_remote_code)
     refuse_row_sums(config, data)
     refuse_unusable_store(config.store.reference_store)
     content = ranks.main_first(lambda: content_of(config, data))

@@ -10,6 +10,8 @@ from qlora_dpo.training.data import TrainingData, load_training_data
 from qlora_dpo.training.memory.levels import Lengths, describe, lengths_of, trained_bytes
 from qlora_dpo.training.memory.prediction import GIB, MemoryPlan, machine_of, plan_memory, skeleton_of
 from qlora_dpo.training.optimizers import optimizer_name
+from qlora_dpo.training.policy import load_base_config, load_training_tokenizer
+from qlora_dpo.training.row_positions import check_positions
 from qlora_dpo.training.schedule import make_schedule
 from qlora_dpo.training.speed import count_flops, rates, work_of_run
 
@@ -25,9 +27,8 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
     skeleton = skeleton_of(config, machine)
     data = None
     if config.data.dataset is not None:
-        from qlora_dpo.training.policy import load_training_tokenizer
-
         data = load_training_data(config.data, load_training_tokenizer(config), config.training.seed)
+        check_positions(load_base_config(config.model), data, config.model.trust_remote_code)
     lengths = None if data is None else lengths_of(data, data.epoch(0))
     memory = plan_memory(config, skeleton, lengths, machine)
     print("\n".join(memory_table(memory, skeleton, config.training.activation_checkpointing)))
