@@ -222,7 +222,7 @@ def _unknown_names(config: TrainConfig) -> list[str]:
 
 def _ignored(config: TrainConfig) -> list[str]:
     """Options that differ from their default although this run would not read them."""
-    model, data, training = config.model, config.data, config.training
+    model, data, training, loss_type = config.model, config.data, config.training, " ".join(config.loss.loss_type)
     unread: list[tuple[str, bool, str]] = [
         ("bnb_4bit_quant_type", not uses_4bit(model), "the base is not quantized to 4 bit"),
         ("bnb_4bit_use_double_quant", not uses_4bit(model), "the base is not quantized to 4 bit"),
@@ -235,6 +235,8 @@ def _ignored(config: TrainConfig) -> list[str]:
           for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")),
         *((name, data.objective == "sft", "--objective sft does not read it") for name in _OF_DPO),
         *((name, data.objective == "dpo", "--objective dpo does not read it") for name in _OF_SFT),
+        *((name, data.objective == "dpo" and not config.has_reference, f"--loss_type {loss_type} has no reference")
+          for name in (*(option.name for option in fields(StoreOptions)), "on_displacement")),
         ("reference_source", config.store.reference_store == "none", "--reference_store none keeps nothing"),
         ("row_reference", config.store.reference_source is not None, "--reference_source names the reference"),
         ("reference_source", config.store.reference_store is None, "--reference_store names no store that has it"),

@@ -16,6 +16,8 @@ from qlora_dpo.config.values import Names, Numbers
 _ALL_LINEAR, _SIGMOID, _NONE = Names("all-linear"), Names("sigmoid"), Names("none")
 _NO_NAMES, _NO_NUMBERS = Names(), Numbers()
 
+REFERENCE_FREE = ("simpo", "orpo", "cpo")  # losses whose rewards are the policy's alone
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -26,8 +28,8 @@ class ModelOptions:
     model_revision: str | None = None
     """Commit, tag or branch of a Hub model."""
     reference_model: str | None = None
-    """Folder of a frozen SFT adapter that is both the start of the policy and the reference.
-    Default: the base with the adapter off. Never a second model."""
+    """Folder of a frozen SFT adapter that is both the start of the policy and the reference (for a loss without a
+    reference, the start alone). Default: the base with the adapter off. Never a second model."""
     load_in_4bit: bool = True
     """Quantize the base to 4 bit (NF4). `false` keeps it in --dtype."""
     load_in_8bit: bool = False
@@ -130,10 +132,11 @@ class LossOptions:
     """Loss: names and meanings as in TRL."""
 
     beta: float = 0.1
-    """Strength of the KL constraint (arXiv 2305.18290, eq. 7); for ipo its tau."""
+    """Strength of the KL constraint (arXiv 2305.18290, eq. 7); for ipo its tau, for orpo its lambda. simpo's paper uses
+    2.0 to 2.5."""
     loss_type: Names = _SIGMOID
     """One or more of sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired,
-    apo_zero, apo_down, discopop, sft, sigmoid_norm."""
+    apo_zero, apo_down, discopop, sft, sigmoid_norm; or, without a reference, simpo, orpo, cpo (docs/losses.md)."""
     loss_weights: Numbers = _NO_NUMBERS
     """Weight of each --loss_type; default 1 each."""
     label_smoothing: float = 0.0
@@ -148,6 +151,10 @@ class LossOptions:
     """Alpha of alpha_divergence."""
     discopop_tau: float = 0.05
     """Temperature of discopop (arXiv 2406.08414)."""
+    simpo_gamma: float = 0.5
+    """Target reward margin of simpo (arXiv 2405.14734, eq. 6). TRL's default; the paper uses 0.3 to 1.6."""
+    cpo_alpha: float = 1.0
+    """Weight of the NLL in cpo (arXiv 2401.08417). TRL's default, and the paper's."""
     ld_alpha: float | None = None
     """Weight of the log-probs beyond the shorter answer's length (LD-DPO, arXiv 2409.06411)."""
     use_weighting: bool = False
@@ -239,6 +246,11 @@ class TrainConfig:
     def is_demo(self) -> bool:
         """Neither a model nor a dataset was named."""
         return self.model.model_name_or_path is None and self.data.dataset is None
+
+    @property
+    def has_reference(self) -> bool:
+        """The policy is compared with a reference."""
+        return self.data.objective == "dpo" and set(REFERENCE_FREE).isdisjoint(self.loss.loss_type)
 
     @property
     def pairs_per_step(self) -> int:

@@ -1,8 +1,9 @@
 """The preference losses as rows of one table: each a pure function from rewards to one loss per pair.
 
 The implicit reward of a completion is beta * log(pi / pi_ref), or beta * f'(pi / pi_ref) under another
-f-divergence; the margin m is the chosen reward r_w minus the rejected reward r_l. Every function returns
-`[B]`: the loss of a step is the mean over its pairs, however the step was cut into micro-batches.
+f-divergence; the margin m is the chosen reward r_w minus the rejected reward r_l. A reference-free loss is given
+log pi_ref = 0, so that a reward is beta * log pi. Every function returns `[B]`: the loss of a step is the mean over its
+pairs, however the step was cut into micro-batches.
 """
 
 import math
@@ -24,6 +25,8 @@ class LossSettings:
     label_smoothing: float | Tensor
     """One share of flipped labels for all pairs, or `[B]`."""
     discopop_tau: float
+    simpo_gamma: float
+    cpo_alpha: float
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,31 @@ def sft_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
     return -inputs.pairs.unscaled.chosen / inputs.pairs.mean_chosen_length
 
 
+def simpo_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
+    """SimPO (arXiv 2405.14734, eq. 6): -log sigma(r_w - r_l - gamma) with r = beta * log pi averaged over tokens."""
+    return _smoothed(inputs.margins - settings.simpo_gamma, settings.label_smoothing)
+
+
+def orpo_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
+    """ORPO (arXiv 2403.07691, eq. 6 and 7): NLL - lambda * log sigma(log odds_w - log odds_l) with lambda = beta.
+
+    odds = p / (1 - p) with log p averaged over tokens (eq. 1 and 4); the NLL is that of `sft_loss`.
+    """
+    log_odds = _log_odds(inputs.chosen_rewards / settings.beta) - _log_odds(inputs.rejected_rewards / settings.beta)
+    return sft_loss(inputs, settings) - settings.beta * logsigmoid(log_odds)
+
+
+def cpo_loss(inputs: LossInputs, settings: LossSettings) -> Tensor:
+    """CPO (arXiv 2401.08417): -log sigma(r_w - r_l) with r = beta * log pi, plus cpo_alpha times `sft_loss`."""
+    return _smoothed(inputs.margins, settings.label_smoothing) + settings.cpo_alpha * sft_loss(inputs, settings)
+
+
+def _log_odds(logps: Tensor) -> Tensor:
+    # A probability that rounds to 1 has infinite odds, whose gradient would be NaN
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return logps - torch.log(-torch.expm1(logps))
+
+
 def _smoothed(margins: Tensor, label_smoothing: float | Tensor) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
 
@@ -157,6 +185,8 @@ class PreferenceLoss:
     """Where the smoothing of a pair ends that its confidence asks for."""
     needs_token_normalizer: bool = False
     """Reads `mean_chosen_length`."""
+    reference_free: bool = False
+    """Its rewards are the policy's alone, so that no reference is computed."""
 
 
 LOSSES: dict[str, PreferenceLoss] = {
@@ -180,4 +210,13 @@ LOSSES: dict[str, PreferenceLoss] = {
     "apo_down": PreferenceLoss(apo_down_loss, supports_f_divergence=False),
     "discopop": PreferenceLoss(discopop_loss),
     "sft": PreferenceLoss(sft_loss, needs_token_normalizer=True),
+    "simpo": PreferenceLoss(
+        simpo_loss, supports_f_divergence=False, smooths_labels=True, length_averaged=True, reference_free=True
+    ),
+    "orpo": PreferenceLoss(
+        orpo_loss, supports_f_divergence=False, length_averaged=True, needs_token_normalizer=True, reference_free=True
+    ),
+    "cpo": PreferenceLoss(
+        cpo_loss, supports_f_divergence=False, smooths_labels=True, needs_token_normalizer=True, reference_free=True
+    ),
 }

@@ -14,10 +14,20 @@ REJECTED_SHIFT = "displacement/rejected_per_token"
 """The same of the rejected answers."""
 
 
-def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> dict[str, Tensor]:
-    """Return each logged value pair by pair, detached, `[B]` each; rewards are beta * log(pi / pi_ref)."""
+def preference_metrics(
+    losses: Tensor, pairs: PairStatistics, beta: float, *, has_reference: bool = True, averages_rewards: bool = False
+) -> dict[str, Tensor]:
+    """Return each logged value pair by pair, detached, `[B]` each; rewards are beta * log(pi / pi_ref).
+
+    Without a reference they are beta * log pi, and per token where the loss averages them.
+    """
     chosen_rewards = beta * (pairs.policy.chosen - pairs.reference.chosen)
     rejected_rewards = beta * (pairs.policy.rejected - pairs.reference.rejected)
+    if averages_rewards:
+        chosen_rewards, rejected_rewards = (
+            chosen_rewards / pairs.chosen_lengths,
+            rejected_rewards / pairs.rejected_lengths,
+        )
     values = {
         "loss": losses,
         "rewards/chosen": chosen_rewards,
@@ -26,12 +36,15 @@ def preference_metrics(losses: Tensor, pairs: PairStatistics, beta: float) -> di
         "rewards/margins": chosen_rewards - rejected_rewards,
         "logps/chosen": pairs.policy.chosen,
         "logps/rejected": pairs.policy.rejected,
-        CHOSEN_SHIFT: pairs.shift_per_token.chosen,
-        REJECTED_SHIFT: pairs.shift_per_token.rejected,
+        **(_shifts(pairs) if has_reference else {}),
         "lengths/chosen": pairs.chosen_lengths,
         "lengths/rejected": pairs.rejected_lengths,
     }
     return {name: value.detach() for name, value in values.items()}
+
+
+def _shifts(pairs: PairStatistics) -> dict[str, Tensor]:
+    return {CHOSEN_SHIFT: pairs.shift_per_token.chosen, REJECTED_SHIFT: pairs.shift_per_token.rejected}
 
 
 @dataclass

@@ -16,6 +16,7 @@ from qlora_dpo.objectives.pairs import PairStatistics, length_tensors, pair_logp
 
 DISCOPOP_TAU = 0.05  # the paper's value
 F_ALPHA_DIVERGENCE_COEF = 0.5
+SIMPO_GAMMA, CPO_ALPHA = 0.5, 1.0  # TRL's
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class Objective:
         return any(loss.couples_pairs for loss, _ in self.terms)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether its losses compare the policy with a reference."""
+        return not any(loss.reference_free for loss, _ in self.terms)
+
+    @property
+    def averages_rewards(self) -> bool:
+        """Whether the reward that a reference-free loss compares is a mean over tokens."""
+        return any(loss.reference_free and loss.length_averaged for loss, _ in self.terms)
+
+    @property
     def needs_token_normalizer(self) -> bool:
         """Whether `mean_chosen_length` must be counted for each optimizer step."""
         return any(loss.needs_token_normalizer for loss, _ in self.terms)
@@ -64,7 +75,7 @@ class Objective:
 
         The three `per_token` rows `[N]` run over all completion tokens in the order of `lengths`: chosen_0,
         rejected_0, chosen_1, ... `confidence`, B numbers in (0, 1], acts on each pair as `confidence_as` says.
-        `mean_chosen_length` is counted over the whole optimizer step.
+        `mean_chosen_length` is counted over the whole optimizer step. The reference of a reference-free objective is 0.
 
         Raises: ValueError where a needed argument is missing; UsageError for confidence with coupled pairs.
         """
@@ -154,8 +165,10 @@ def make_objective(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     confidence_as: str = "weight",
+    simpo_gamma: float = SIMPO_GAMMA,
+    cpo_alpha: float = CPO_ALPHA,
 ) -> Objective:
-    """Build the objective that these options name; names and meanings are those of TRL's DPOConfig.
+    """Build the objective that these options name; names and meanings are those of TRL's DPOConfig and CPOConfig.
 
     `confidence_as`, weight or label_smoothing, is this tool's own: what a pair's confidence below 1 does.
 
@@ -181,10 +194,11 @@ def make_objective(
     _check_label_smoothing(loss_type, label_smoothing)
     _check_divergence(loss_type, f_divergence_type, f_alpha_divergence_coef)
     _check_combination(loss_type, discopop_tau, use_weighting)
+    _check_reference_free(loss_type, ld_alpha, simpo_gamma, cpo_alpha)
     _check_confidence_as(loss_type, confidence_as)
     return Objective(
         terms=tuple((LOSSES[name], weight) for name, weight in zip(loss_type, weights, strict=True)),
-        settings=LossSettings(beta, label_smoothing, discopop_tau),
+        settings=LossSettings(beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha),
         divergence=partial(F_DIVERGENCES[f_divergence_type], f_alpha_divergence_coef),
         ld_alpha=ld_alpha,
         use_weighting=use_weighting,
@@ -270,6 +284,33 @@ def _check_combination(loss_type: Sequence[str], discopop_tau: float, use_weight
         discopop_tau == DISCOPOP_TAU or "discopop" in loss_type,
         f"discopop_tau is {discopop_tau}, but {', '.join(loss_type)} would ignore it. Leave it out, or use discopop.",
     )
+
+
+def _check_reference_free(
+    loss_type: Sequence[str], ld_alpha: float | None, simpo_gamma: float, cpo_alpha: float
+) -> None:
+    free = [name for name in loss_type if LOSSES[name].reference_free]
+    others = [name for name in loss_type if name not in (*free, "sft")]
+    _require(
+        not (free and others) and len(free) < 2,
+        f"loss_type {' '.join(loss_type)}: the reward of {', '.join(free)} is made without a reference, and that of "
+        f"{', '.join(others) or 'each'} otherwise, so beta means another thing in each. Use one of them, with sft or "
+        "alone.",
+    )
+    _require(
+        ld_alpha is None or not free,
+        f"ld_alpha is {ld_alpha}, but it is defined for DPO's log-ratios only, and {', '.join(free)} has none. "
+        "Leave it out.",
+    )
+    for option, value, default, reader in (
+        ("simpo_gamma", simpo_gamma, SIMPO_GAMMA, "simpo"),
+        ("cpo_alpha", cpo_alpha, CPO_ALPHA, "cpo"),
+    ):
+        _require(math.isfinite(value) and value >= 0, f"{option} is {value}. Use a number from 0 on.")
+        _require(
+            value == default or reader in loss_type,
+            f"{option} is {value}, but {', '.join(loss_type)} would ignore it. Leave it out, or use {reader}.",
+        )
 
 
 def _check_confidence_as(loss_type: Sequence[str], confidence_as: str) -> None:

@@ -9,6 +9,11 @@ from torch import Tensor
 class SupervisedObjective:
     """The mean NLL over the supervised tokens of an optimizer step. It has no settings and no state."""
 
+    @property
+    def has_reference(self) -> bool:
+        """It compares with nothing."""
+        return False
+
     def __call__(self, per_token_logps: Tensor, tokens_of_step: int) -> Tensor:
         """Return the share of some tokens `[N]` in the loss of a step that has `tokens_of_step` of them."""
         return -per_token_logps.sum() / tokens_of_step

@@ -66,6 +66,25 @@ class ReferenceLogps:
         return ReferenceLogps(self._score)
 
 
+class NoReference:
+    """Of an objective that has no reference: log-probs of 0, so that its rewards are the policy's alone."""
+
+    def __call__(self, keys: Sequence[int], batch: PackedBatch) -> Tensor:
+        """Zeros [N]."""
+        return torch.zeros(sum(batch.completion_lengths), device=batch.target_ids.device)
+
+    def unknown(self, keys: Sequence[int]) -> list[int]:
+        """There is nothing to score."""
+        return []
+
+    def forget(self, keys: Sequence[int]) -> None:
+        """There is nothing to forget."""
+
+    def blank(self) -> NoReference:
+        """Itself."""
+        return self
+
+
 def reference_score(model: Any, scorer: Scorer) -> Score:
     """Scores with the reference that lives in the policy's own base."""
 

@@ -37,7 +37,7 @@ class Engine:
     pairs: Sequence[Any]
     """Preference pairs, or for SFT conversations."""
     reference: Reference
-    """Asked only by a method that has one."""
+    """Asked for pairs; `NoReference` where the objective has none."""
     device: torch.device
     max_tokens: int
     """Budget of a micro-batch: the preflight finds it, running out of memory halves it."""

@@ -70,7 +70,7 @@ class Training:
             keep=self.options.save_total_limit,
             ranks=self.engine.ranks,
         )
-        has_reference = self.engine.method.has_reference
+        has_reference = self.engine.objective.has_reference
         self.guard = DisplacementGuard(self.engine, self.options.on_displacement) if has_reference else NoGuard()
         self.saver.more_state = self.guard.state
 
@@ -99,7 +99,7 @@ def fit(training: Training) -> None:
         # Nothing but random states moves within a step, so the state after the step before is still at hand.
         with leaving(training, number - 1, rng_before, f"at step {number}"):
             metrics = gradient(training, indices, rng_before)
-        if number == 1 and training.engine.method.has_reference and not training.has_dropout:
+        if number == 1 and training.engine.objective.has_reference and not training.has_dropout:
             check_first_step(computed_here(training, metrics, indices))
         metrics |= update(training, metrics, indices)
         metrics |= training.guard.observe(number, metrics)

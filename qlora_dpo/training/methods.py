@@ -38,8 +38,6 @@ class Method:
     title: str
     unit: str
     """What its samples are called."""
-    has_reference: bool
-    """It compares with a reference, from which the policy starts."""
     learn: Callable[[Engine, list[int], Sequence[int]], Learned]
     """Score some members of a step, all of whose indices are known too."""
     counted: str | None = None
@@ -49,9 +47,13 @@ class Method:
 def learn_preferences(engine: Engine, members: list[int], step: Sequence[int]) -> Learned:
     """The losses of pairs; a step's loss is their mean."""
     assert isinstance(engine.objective, Objective)
-    pairs = engine.statistics(members, step)
-    losses = engine.objective(pairs)
-    return Learned(losses.sum() / len(step), preference_metrics(losses, pairs, engine.objective.beta), members)
+    objective, pairs = engine.objective, engine.statistics(members, step)
+    losses = objective(pairs)
+    values = preference_metrics(
+        losses, pairs, objective.beta,
+        has_reference=objective.has_reference, averages_rewards=objective.averages_rewards,
+    )  # fmt: skip
+    return Learned(losses.sum() / len(step), values, members)
 
 
 def learn_turns(engine: Engine, members: list[int], step: Sequence[int]) -> Learned:
@@ -65,8 +67,6 @@ def learn_turns(engine: Engine, members: list[int], step: Sequence[int]) -> Lear
 
 
 METHODS: dict[type, Method] = {
-    Objective: Method("DPO", "pairs", has_reference=True, learn=learn_preferences),
-    SupervisedObjective: Method(
-        "SFT", "conversations", has_reference=False, learn=learn_turns, counted="supervised_tokens"
-    ),
+    Objective: Method("DPO", "pairs", learn=learn_preferences),
+    SupervisedObjective: Method("SFT", "conversations", learn=learn_turns, counted="supervised_tokens"),
 }

@@ -62,7 +62,8 @@ def load_policy(config: TrainConfig, device: torch.device) -> Any:
     else:
         folder = Path(str(config.model.reference_model))
         model = load_adapter(base, folder, trainable=True)
-        add_frozen_reference(model, folder)
+        if config.has_reference:
+            add_frozen_reference(model, folder)
     if line := describe_experts(count, model.peft_config[POLICY]):
         print(line, file=sys.stderr)
     # What a reader of adapter_config.json needs to find this base again: a Hub id with its commit, or a full path.

@@ -19,7 +19,14 @@ from qlora_dpo.models.loading import commit_of, load_config
 from qlora_dpo.models.scoring import NOISE_MARGIN, TOLERANCE, Scorer
 from qlora_dpo.reference.drift import Drift, drift_between, refuse_drift
 from qlora_dpo.reference.identity import cache_folder, differences, local_identity
-from qlora_dpo.reference.local import Reference, ReferenceLogps, Score, logps_by_completion, reference_score
+from qlora_dpo.reference.local import (
+    NoReference,
+    Reference,
+    ReferenceLogps,
+    Score,
+    logps_by_completion,
+    reference_score,
+)
 from qlora_dpo.reference.store import Logps, ModelIdentity, ReferenceStore
 from qlora_dpo.reference.stored import StoredReference
 from qlora_dpo.training.data import TrainingData
@@ -43,8 +50,11 @@ def reference_of_run(
         ModelError: what it holds is not what this device computes.
         UsageError: --reference_source names nothing in it.
     """
+    if not config.has_reference:
+        yield NoReference()
+        return
     score = reference_score(model, scorer)
-    store = None if config.data.objective == "sft" else _open_store(config, model)
+    store = _open_store(config, model)
     has_store = ranks.gather(store is not None)
     recomputed = Recomputed(score, data.pairs, scorer, device)
     if store is None or not all(has_store):

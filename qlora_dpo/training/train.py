@@ -154,6 +154,8 @@ def objective_of(config: TrainConfig) -> Objective | SupervisedObjective:
         ld_alpha=loss.ld_alpha,
         use_weighting=loss.use_weighting,
         confidence_as=loss.confidence_as,
+        simpo_gamma=loss.simpo_gamma,
+        cpo_alpha=loss.cpo_alpha,
     )
 
 

@@ -110,7 +110,7 @@ def time_table(
     costs = lengths.costs(memory.kind)
     work = work_of_run(
         costs, lengths.targets, schedule=schedule, held_out=len(data.held_out), eval_steps=config.training.eval_steps,
-        distinct=len(data.train), has_reference=config.data.objective == "dpo",
+        distinct=len(data.train), has_reference=config.has_reference,
     )  # fmt: skip
     flops = count_flops(skeleton, memory.levels, uses_4bit(config.model))
     tokens, apart = int(costs.sum()), int((costs + lengths.shared).sum())

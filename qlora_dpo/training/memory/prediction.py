@@ -117,7 +117,7 @@ def skeleton_of(config: TrainConfig, machine: Machine) -> Skeleton:
         check_cpu_quantizable(hub, model.trust_remote_code)
     r, targets, parameters = lora.lora_r, list(lora.lora_target_modules), list(lora.lora_target_parameters)
     rank_pattern: dict[str, int] = {}
-    if has_adapter_as_reference(config):
+    if starts_from_adapter(config):
         adapter = check_adapter_folder(Path(str(model.reference_model)))
         r, targets = int(adapter["r"]), list_of_targets(adapter["target_modules"])
         parameters, rank_pattern = adapter.get("target_parameters") or [], adapter.get("rank_pattern") or {}
@@ -129,9 +129,14 @@ def skeleton_of(config: TrainConfig, machine: Machine) -> Skeleton:
     )  # fmt: skip
 
 
-def has_adapter_as_reference(config: TrainConfig) -> bool:
-    """Whether a frozen adapter is the reference, so that there are two of them."""
+def starts_from_adapter(config: TrainConfig) -> bool:
+    """Whether the policy starts from a saved adapter."""
     return config.model.reference_model not in (None, config.model.model_name_or_path)
+
+
+def has_frozen_adapter(config: TrainConfig) -> bool:
+    """Whether a frozen copy of the start is the reference, so that there are two adapters."""
+    return starts_from_adapter(config) and config.has_reference
 
 
 def plan_memory(config: TrainConfig, skeleton: Skeleton, lengths: Lengths | None, machine: Machine) -> MemoryPlan:
@@ -159,7 +164,7 @@ def fixed_bytes(config: TrainConfig, skeleton: Skeleton, machine: Machine) -> di
     fixed = {
         "quantized weights": float(skeleton.weights.quantized),
         "other weights": float(skeleton.weights.other),
-        "adapter": float(skeleton.adapter_bytes * (2 if has_adapter_as_reference(config) else 1)),
+        "adapter": float(skeleton.adapter_bytes * (2 if has_frozen_adapter(config) else 1)),
         "process and libraries": PROCESS[machine.device_type],
     }
     if machine.device_type == "cuda":
