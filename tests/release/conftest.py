@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gguf_models import write_sentencepiece
 
 from qlora_dpo.cli import main
 
@@ -20,3 +21,9 @@ def short_run(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.Tem
     ]  # fmt: skip
     assert main(["train", *map(str, arguments)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer.model of LLaMA's kind."""
+    return write_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")

@@ -9,83 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from gguf_models import CHATML, LLAMA_2, TEXTS, byte_level, fields, plain, read, save, write
+from tiny import tiny_tokenizer
 
 from qlora_dpo.cli import main
 from qlora_dpo.data.templates import PROMPT_TEMPLATES
 from qlora_dpo.demo.run import BASE
-from qlora_dpo.release.gguf.llama_cpp_tokens import PRE_TYPES
 from qlora_dpo.release.gguf.modelfile import NotConcatenated, fixed_text, modelfile
-
-TEXTS = (
-    "Hello, world!", "It's 12345.67, isn't it?", "two  spaces\n\nand lines", "中文和 English 混排。", "émigré 🚀", "a",
-    "<|user|>a turn<|end|>",
-)  # fmt: skip
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-LLAMA_2 = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. It's 1234 o'clock!",
-    "中文分词：我们去北京。",
-    "def f(x):\n    return x",
-    *TEXTS,
-]
-
-
-def byte_level(pre: str, extra: list[str], merges: int = 120) -> Any:
-    """A small byte-level BPE tokenizer that cuts words as a pre-type does."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE(ignore_merges=PRE_TYPES[pre].ignore_merges))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TYPES[pre].patterns]
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + merges, special_tokens=extra, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=extra[0], pad_token=extra[0])
-
-
-def save(folder: Path, model_type: str, tokenizer: Any, **changes: Any) -> Path:
-    model = tiny_model(
-        model_type, vocab_size=len(tokenizer) + 3, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, **changes,
-    )  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.5)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write(folder: Path, file: Path, *options: str) -> None:
-    assert main(["release", "gguf", str(folder), "--output", str(file), *options]) == 0
-
-
-def read(file: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    return AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32), AutoTokenizer.from_pretrained(**source)
-
-
-def plain(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +65,6 @@ def test_a_file_read_back_is_the_model(
     assert (own.eos_token, own.bos_token) == (tokenizer.eos_token, tokenizer.bos_token)
 
 
-def fields(file: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
-
-
 def test_what_the_file_says(llama: Path, qwen: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -187,23 +111,6 @@ def test_parts_hold_the_whole(qwen: Path, tmp_path: Path) -> None:
     write(qwen, (tmp_path / "one").with_name("one") / "model.gguf") if (tmp_path / "one").mkdir() is None else None
     assert names == [tensor.name for tensor in GGUFReader(tmp_path / "one" / "model.gguf").tensors]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer.model of LLaMA's kind."""
-    import io
-
-    from sentencepiece import SentencePieceTrainer
-
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    written = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 5), model_writer=written, vocab_size=420, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    file.write_bytes(written.getvalue())
-    return file
 
 
 @pytest.mark.parametrize("with_scores", [True, False])
@@ -274,8 +181,9 @@ def test_bad_input_is_named(
     assert "is an adapter" in error_of(adapter, file, 65)
     other = shutil.copytree(llama, tmp_path / "other")
     config = json.loads((llama / "config.json").read_text())
+    converter = f"python convert_hf_to_gguf.py {other} --outfile {file} --outtype f16"
     for changes, reason in (
-        ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "LlamaForCausalLM, Qwen2ForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, converter),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"tie_word_embeddings": False, "vocab_size": 300}, "of another model"),

@@ -6,6 +6,7 @@ Tensor by tensor: no more than one is in memory.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,20 +22,15 @@ from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.files.guard import check_output, json_with, marked
 from qlora_dpo.models.loading import check_local_weights, load_config, load_tokenizer
 from qlora_dpo.release.cards.records import GGUF_REPORT, MERGE_REPORT
-from qlora_dpo.release.gguf.model import (
-    LARGEST_FLOAT16,
-    Architecture,
-    SourceTensor,
-    add_settings,
-    architecture_of,
-    source_tensors,
-)
+from qlora_dpo.release.gguf.families import Architecture, architecture_of, notes_of
+from qlora_dpo.release.gguf.model import LARGEST_FLOAT16, SourceTensor, add_settings, source_tensors
 from qlora_dpo.release.gguf.modelfile import modelfile
 from qlora_dpo.release.gguf.vocabulary import GgufVocabulary, gguf_vocabulary
 from qlora_dpo.release.staging import require_space, staged, sync_folder
 
 MODELFILE = "Modelfile"
 BLOCK = 32  # numbers of a row that q8_0 keeps together
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -44,10 +40,13 @@ class Source:
 
     folder: Path
     config: Any
+    """Of the part that text runs through."""
     tokenizer: Any
     architecture: Architecture
     vocabulary: GgufVocabulary
     tensors: Sequence[SourceTensor]
+    notes: Sequence[str]
+    """What a user has to know."""
 
 
 def write_gguf(options: GgufOptions) -> None:
@@ -60,7 +59,7 @@ def write_gguf(options: GgufOptions) -> None:
     """
     limit = size_of(options.max_shard_size)
     _refuse_output(options.output)
-    source = read_source(options.folder)
+    source = read_source(options)
     output = options.output
     require_space(output.parent, _bytes_needed(source.tensors, options.outtype), f"{output}")
     hidden = output.with_name(f".{output.name}.parts")
@@ -73,7 +72,7 @@ def write_gguf(options: GgufOptions) -> None:
         for name in (MODELFILE, GGUF_REPORT, *reversed(parts)):  # the part that llama.cpp is given comes last
             (folder / name).rename(output.with_name(name))
     hidden.rmdir()
-    for note in source.vocabulary.notes:
+    for note in source.notes:
         print(note)
     size = sum(output.with_name(part).stat().st_size for part in parts)
     parts_of = f" in {len(parts)} parts" if len(parts) > 1 else ""
@@ -84,12 +83,13 @@ def write_gguf(options: GgufOptions) -> None:
     )
 
 
-def read_source(folder: Path) -> Source:
+def read_source(options: GgufOptions) -> Source:
     """Everything but the weights, checked.
 
     Raises:
         StorageError, ModelError: see `write_gguf`.
     """
+    folder = options.folder
     if not folder.is_dir():
         raise StorageError(f"{folder}: there is no such folder. Name the folder that `merge` wrote.")
     if (folder / "adapter_config.json").is_file():
@@ -99,13 +99,13 @@ def read_source(folder: Path) -> Source:
     config = load_config(str(folder))
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{folder} is quantized. Name a 16-bit folder, as `merge` writes it.")
-    architecture = architecture_of(config, folder)
+    architecture = architecture_of(config, options)
     check_local_weights(str(folder))
-    tokenizer = load_tokenizer(str(folder))
-    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size, folder)
-    return Source(
-        folder, config, tokenizer, architecture, vocabulary, list(source_tensors(config, architecture, folder))
-    )
+    tokenizer, text = load_tokenizer(str(folder)), config.get_text_config()
+    vocabulary = gguf_vocabulary(tokenizer, text.vocab_size, folder)
+    tensors = list(source_tensors(text, architecture, folder))
+    notes = [*notes_of(config, architecture), *vocabulary.notes]
+    return Source(folder, text, tokenizer, architecture, vocabulary, tensors, notes)
 
 
 def size_of(text: str | None) -> int:
@@ -169,10 +169,10 @@ def _write(source: Source, outtype: str, limit: int, file: Path) -> None:
     writer = GGUFWriter(file, source.architecture.gguf_name, split_max_size=limit)
     try:
         writer.add_type("model")
-        writer.add_name(source.folder.resolve().name)
+        writer.add_name(_name(source.folder.resolve().name, source.vocabulary.swallows))
         writer.add_quantization_version(GGML_QUANT_VERSION)
         writer.add_file_type(LlamaFileType.MOSTLY_Q8_0 if outtype == "q8_0" else LlamaFileType.MOSTLY_F16)
-        add_settings(writer, source.config)
+        add_settings(writer, source.config, source.architecture)
         add_tokenizer(writer, source.tokenizer, source.vocabulary)
         for tensor in source.tensors:
             # The writer takes the shape of numbers with a type of numbers, and the kind in which they are kept.
@@ -182,7 +182,7 @@ def _write(source: Source, outtype: str, limit: int, file: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in source.tensors:
-            values = tensor.read(source.config)
+            values = tensor.read()
             kind = _kind(tensor, outtype)
             _refuse_overflow(tensor, values, kind.name)
             writer.write_tensor_data(quants.quantize(values, kind))
@@ -201,6 +201,13 @@ def _refuse_overflow(tensor: SourceTensor, values: np.ndarray, kind: str) -> Non
             f"{tensor.file}: {tensor.source} holds {largest:.3g}, more than float16 can ({LARGEST_FLOAT16:.0f}). "
             "Use --outtype q8_0, or serve the folder with vLLM in bfloat16."
         )
+
+
+def _name(folder: str, swallows: bool) -> str:
+    """A model whose name holds phi-3, and no other, is one whose control tokens swallow the spaces after them."""
+    if swallows == bool(_PHI_3.search(folder)):
+        return folder
+    return f"{folder} (phi-3)" if swallows else _PHI_3.sub("phi_3", folder)
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: GgufVocabulary) -> None:

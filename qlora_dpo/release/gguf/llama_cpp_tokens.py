@@ -36,6 +36,7 @@ class PreType:
 
 PRE_TYPES = {
     "llama-bpe": PreType((_CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST,), ignore_merges=True),
+    "dbrx": PreType((_CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST,)),
     "qwen2": PreType((_CONTRACTIONS + _WORDS + r"|\p{N}" + _REST,)),
     "smollm": PreType((r"\p{N}", _GPT2)),
     "gpt-2": PreType((_GPT2,)),
@@ -49,6 +50,7 @@ _TEXTS = (
     "ＡＢＣ１２３ ½ Ⅷ ²", "\u200b\u00a0zero\u200bwidth", "e\u0301 combined", "''' \"\"\" ```python\nprint('a')\n```",
 )  # fmt: skip
 _MADE, _TOKENS_EACH = 1000, 6
+_KEEP = ("<unk>", "<s>", "<|endoftext|>")  # tokens that swallow no spaces in Phi-3
 
 
 def probe_texts(tokenizer: Any) -> list[str]:
@@ -80,6 +82,8 @@ def byte_level_encoder(tokenizer: Any, pre: PreType) -> Encode:
         "padding": None,
     }
     content["model"]["ignore_merges"] = pre.ignore_merges
+    for token in content["added_tokens"]:
+        token["lstrip"] = token["rstrip"] = False  # which a GGUF file does not say
     backend = Tokenizer.from_str(json.dumps(content))
     return lambda texts: [found.ids for found in backend.encode_batch(list(texts), add_special_tokens=False)]
 
@@ -94,9 +98,13 @@ def named_in(tokenizer: Any, pre: PreType) -> bool:
 
 
 def sentencepiece_encoder(
-    tokenizer: Any, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], *, add_space_prefix: bool
-) -> Encode:
-    """SentencePiece BPE over each stretch of text between added tokens, as llama.cpp reads such a vocabulary."""
+    tokenizer: Any, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], *,
+    add_space_prefix: bool, swallows: bool,
+) -> Encode:  # fmt: skip
+    """SentencePiece BPE over each stretch of text between added tokens, as llama.cpp reads such a vocabulary.
+
+    `swallows`: added tokens take the spaces after them, which llama.cpp does where the model's name holds phi-3.
+    """
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -112,6 +120,7 @@ def sentencepiece_encoder(
         model.pieces.add(piece=piece, score=score, type=5 if number in added and kind != 2 else kind)
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     ids = {content: id_ for id_, content in added.items()}
+    spaces = re.compile(r"[ \t\n\v\f\r]*")
     border = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or r"(?!)")
 
     def of_stretch(text: str) -> list[int]:
@@ -123,7 +132,7 @@ def sentencepiece_encoder(
         start = 0
         for match in border.finditer(text):
             found += [*of_stretch(text[start : match.start()]), ids[match[0]]]
-            start = match.end()
+            start = spaces.match(text, match.end()).end() if swallows and match[0] not in _KEEP else match.end()
         return found + of_stretch(text[start:])
 
     return lambda texts: [encode(text) for text in texts]

@@ -1,8 +1,4 @@
-"""A model as GGUF keeps it: which architectures are known, their settings, and each tensor under llama.cpp's name.
-
-LLaMA's query and key rows are kept in another order there: llama.cpp turns neighboring numbers, transformers the two
-halves of a head.
-"""
+"""A model as GGUF keeps it: its settings, and each tensor under llama.cpp's name and in its order."""
 
 from __future__ import annotations
 
@@ -16,30 +12,10 @@ import numpy as np
 import torch
 
 from qlora_dpo.errors import ModelError
+from qlora_dpo.release.gguf.families import Architecture, rope_of
 
 LARGEST_FLOAT16 = 65504.0
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A row of the table of what can be written."""
-
-    gguf_name: str
-    permutes: bool
-    """Query and key rows change their order."""
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", permutes=True),
-    "Qwen2ForCausalLM": Architecture("qwen2", permutes=False),
-}
-_IN_ROPE = {"rope_type", "rope_theta", "type", "factor", "original_max_position_embeddings"}
-_ROPE = {
-    "default": _IN_ROPE,
-    "linear": _IN_ROPE,
-    "llama3": _IN_ROPE | {"low_freq_factor", "high_freq_factor"},
-    "yarn": _IN_ROPE | {"beta_fast", "beta_slow"},
-}
+_BESIDE_TEXT = ("vision_tower.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -49,57 +25,29 @@ class SourceTensor:
     name: str
     shape: tuple[int, ...]
     file: Path | None
-    """None: made, not read."""
     source: str
     heads: int = 0
     """Its rows are reordered within so many heads."""
+    offset: float = 0.0
+    """Added to each number."""
+    made: np.ndarray | None = None
+    """The values of a tensor that is in no file of the folder."""
 
-    def read(self, config: Any) -> np.ndarray:
+    def read(self) -> np.ndarray:
         """The values in float32, in llama.cpp's order."""
         from safetensors import safe_open
 
         if self.file is None:
-            return rope_factors(config)
+            assert self.made is not None
+            return self.made
         with safe_open(self.file, framework="pt") as opened:
-            tensor = opened.get_tensor(self.source).to(torch.float32)
+            tensor = opened.get_tensor(self.source).to(torch.float32) + self.offset
         values: np.ndarray = (permuted(tensor, self.heads) if self.heads else tensor).numpy()
         return values
 
 
-def architecture_of(config: Any, folder: Path) -> Architecture:
-    """The row for this model.
-
-    Raises:
-        ModelError: it is of another architecture, or has a setting that llama.cpp's one lacks.
-    """
-    name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"{folder} is a {name}; GGUF is written for {', '.join(ARCHITECTURES)}. Convert it with llama.cpp's "
-            "convert_hf_to_gguf.py, or serve the folder with vLLM."
-        )
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    others = {key: value for key, value in rope.items() if value is not None and key not in _ROPE.get(kind, ())}
-    reasons = {
-        f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
-        f"rope_type {kind}": kind not in _ROPE,
-        f"rope_parameters {', '.join(f'{key}={value}' for key, value in others.items())}": kind in _ROPE and others,
-        "sliding-window attention": getattr(config, "use_sliding_window", False),
-    }
-    lacking = [reason for reason, holds in reasons.items() if holds]
-    if lacking:
-        raise ModelError(
-            f"{folder} has {' and '.join(lacking)}, which GGUF's {ARCHITECTURES[name].gguf_name} does not say. Serve "
-            "the folder with vLLM or transformers instead."
-        )
-    return ARCHITECTURES[name]
-
-
-def add_settings(writer: Any, config: Any) -> None:
+def add_settings(writer: Any, config: Any, architecture: Architecture) -> None:
     """The model's shape, as llama.cpp's keys."""
-    from gguf import RopeScalingType
-
     head_dim = head_dim_of(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -111,22 +59,33 @@ def add_settings(writer: Any, config: Any) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    # phi3 in llama.cpp attends to everything, and tells Phi-3 from Phi-4 by this key, which is 0 there.
+    if architecture.windows or architecture.gguf_name == "phi3":
+        writer.add_sliding_window(config.sliding_window or 0)
+    _add_rope(writer, config)
+
+
+def _add_rope(writer: Any, config: Any) -> None:
+    from gguf import RopeScalingType
+
+    rope = rope_of(config)
     kind = rope.get("rope_type", "default")
+    writer.add_rope_dimension_count(int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
     if kind in {"linear", "yarn"}:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind in {"yarn", "longrope"}:
+        writer.add_rope_scaling_orig_ctx_len(_trained_length(config))
     if kind == "yarn":
-        trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(int(trained))
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+    if kind == "longrope":  # without a scaling type: llama.cpp knows it by its two tensors of factors
+        writer.add_rope_scaling_attn_factors(_longrope_attention(config))
 
 
 def source_tensors(config: Any, architecture: Architecture, folder: Path) -> Iterator[SourceTensor]:
-    """Every tensor of the folder's safetensors files, under its name in the file.
+    """Every tensor of the folder's safetensors files that text runs through, under its name in the file.
 
     Raises:
         ModelError: one has no place in this architecture, or the output layer is missing.
@@ -136,26 +95,33 @@ def source_tensors(config: Any, architecture: Architecture, folder: Path) -> Ite
 
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture.gguf_name)
     names = get_tensor_name_map(kind, config.num_hidden_layers)
-    heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     found = set()
-    if config.rope_parameters.get("rope_type") == "llama3":
-        yield SourceTensor("rope_freqs.weight", (head_dim_of(config) // 2,), None, "rope_freqs")
+    for name, values in _rope_tensors(config).items():
+        yield SourceTensor(name, values.shape, None, "rope_parameters", made=values)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for source in opened.keys():
-                if source.endswith("rotary_emb.inv_freq") or (
-                    config.tie_word_embeddings and source == "lm_head.weight"
-                ):
+                plain = source.replace("language_model.", "")
+                is_beside = any(part in source for part in _BESIDE_TEXT)
+                if is_beside or plain.endswith("rotary_emb.inv_freq") or plain in tied:
                     continue
-                name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+                shape = tuple(opened.get_slice(source).get_shape())
+                name = names.get_name(plain, try_suffixes=(".weight", ".bias"))
                 if name is None:
                     raise ModelError(f"{folder}: {source} has no place in a GGUF of {architecture.gguf_name}.")
-                shape = tuple(opened.get_slice(source).get_shape())
-                in_heads = next((count for part, count in heads.items() if part in source), 0)
                 found.add(name)
-                yield SourceTensor(name, shape, file, source, in_heads if architecture.permutes else 0)
-    if not config.tie_word_embeddings and "output.weight" not in found:
+                heads = _heads(config, plain) if architecture.permutes else 0
+                offset = architecture.norm_offset if plain.endswith("norm.weight") else 0.0
+                yield SourceTensor(name, shape, file, source, heads, offset)
+    if not tied and "output.weight" not in found:
         raise ModelError(f"{folder}: lm_head.weight is missing, and its config does not tie it to the embeddings.")
+
+
+def _heads(config: Any, source: str) -> int:
+    """Heads of a query or key projection, whose rows llama.cpp may keep in another order."""
+    counts = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
+    return next((count for part, count in counts.items() if part in source), 0)
 
 
 def head_dim_of(config: Any) -> int:
@@ -169,10 +135,21 @@ def permuted(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, rows, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
 
 
-def rope_factors(config: Any) -> np.ndarray:
+def _rope_tensors(config: Any) -> dict[str, np.ndarray]:
+    """The tensors by which llama.cpp divides rotary frequencies."""
+    rope = rope_of(config)
+    if rope.get("rope_type") == "llama3":
+        return {"rope_freqs.weight": _llama_3_factors(rope, head_dim_of(config))}
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
+    return {}
+
+
+def _llama_3_factors(rope: Any, dim: int) -> np.ndarray:
     """By how much Llama 3 slows each rotary frequency down."""
-    rope = config.rope_parameters
-    dim = head_dim_of(config)
     lengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     trained = rope["original_max_position_embeddings"]
@@ -180,3 +157,16 @@ def rope_factors(config: Any) -> np.ndarray:
     between = 1 / ((1 - smooth) / factor + smooth)
     factors = np.where(lengths < trained / high, 1.0, np.where(lengths > trained / low, factor, between))
     return factors.astype(np.float32)
+
+
+def _longrope_attention(config: Any) -> float:
+    """What LongRoPE multiplies rotated queries and keys by (transformers' `_compute_longrope_parameters`)."""
+    rope, trained = rope_of(config), _trained_length(config)
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    factor = rope.get("factor") or config.max_position_embeddings / trained
+    return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+
+
+def _trained_length(config: Any) -> int:
+    return int(rope_of(config).get("original_max_position_embeddings") or config.max_position_embeddings)

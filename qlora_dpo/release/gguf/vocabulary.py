@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class GgufVocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
+    swallows: bool = False
+    """Control tokens swallow the spaces after them."""
     notes: list[str] = field(default_factory=list)
     """What a user has to know."""
 
@@ -99,11 +102,11 @@ def _sentencepiece(tokenizer: Any, content: dict[str, Any], size: int, folder: P
     texts = probe_texts(tokenizer)
     chats = rendered_chats(tokenizer, texts)
     plain, in_chats = own_ids(tokenizer, texts), own_ids(tokenizer, chats)
-    tried: dict[bool, tuple[list[int], list[int]]] = {}
-    for prefix in (True, False):
-        encode = sentencepiece_encoder(tokenizer, tokens, scores, types, add_space_prefix=prefix)
-        tried[prefix] = differing(in_chats, encode(chats)), differing(plain, encode(texts))
-    best = min(tried, key=lambda prefix: [len(places) for places in tried[prefix]])
+    tried: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
+    for prefix, swallows in product((True, False), {False, _has_swallowing(tokenizer)}):
+        encode = sentencepiece_encoder(tokenizer, tokens, scores, types, add_space_prefix=prefix, swallows=swallows)
+        tried[prefix, swallows] = differing(in_chats, encode(chats)), differing(plain, encode(texts))
+    best = min(tried, key=lambda settings: [len(places) for places in tried[settings]])
     in_chat, in_plain = tried[best]
     wrong = [chats[place] for place in in_chat] if chats else [texts[place] for place in in_plain]
     if wrong:
@@ -117,7 +120,11 @@ def _sentencepiece(tokenizer: Any, content: dict[str, Any], size: int, folder: P
             "A chat gets the ids of the model's tokenizer. A raw text without the chat template does not "
             f"({len(in_plain)} of {len(texts)}): llama.cpp treats the space before its first word in another way."
         )
-    return GgufVocabulary("llama", "default", tokens, types, [], scores, best, notes)
+    return GgufVocabulary("llama", "default", tokens, types, [], scores, *best, notes)
+
+
+def _has_swallowing(tokenizer: Any) -> bool:
+    return any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
 
 
 def _tokens(tokenizer: Any, content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
