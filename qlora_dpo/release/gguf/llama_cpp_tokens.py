@@ -50,6 +50,7 @@ _TEXTS = (
     "ＡＢＣ１２３ ½ Ⅷ ²", "\u200b\u00a0zero\u200bwidth", "e\u0301 combined", "''' \"\"\" ```python\nprint('a')\n```",
 )  # fmt: skip
 _MADE, _TOKENS_EACH = 1000, 6
+_SPACES = " \t\n\v\f\r"
 _KEEP = ("<unk>", "<s>", "<|endoftext|>")  # tokens that swallow no spaces in Phi-3
 
 
@@ -120,7 +121,6 @@ def sentencepiece_encoder(
         model.pieces.add(piece=piece, score=score, type=5 if number in added and kind != 2 else kind)
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     ids = {content: id_ for id_, content in added.items()}
-    spaces = re.compile(r"[ \t\n\v\f\r]*")
     border = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or r"(?!)")
 
     def of_stretch(text: str) -> list[int]:
@@ -132,7 +132,8 @@ def sentencepiece_encoder(
         start = 0
         for match in border.finditer(text):
             found += [*of_stretch(text[start : match.start()]), ids[match[0]]]
-            start = spaces.match(text, match.end()).end() if swallows and match[0] not in _KEEP else match.end()
+            rest = text[match.end() :]
+            start = len(text) - len(rest.lstrip(_SPACES) if swallows and match[0] not in _KEEP else rest)
         return found + of_stretch(text[start:])
 
     return lambda texts: [encode(text) for text in texts]

@@ -97,8 +97,8 @@ def source_tensors(config: Any, architecture: Architecture, folder: Path) -> Ite
     names = get_tensor_name_map(kind, config.num_hidden_layers)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     found = set()
-    for name, values in _rope_tensors(config).items():
-        yield SourceTensor(name, values.shape, None, "rope_parameters", made=values)
+    for made, values in _rope_tensors(config).items():
+        yield SourceTensor(made, values.shape, None, "rope_parameters", made=values)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for source in opened.keys():
