@@ -177,7 +177,7 @@ class TrainingOptions:
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Schedule after the warmup."""
     warmup_ratio: float = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises to its peak; the first step has more than 0."""
     num_train_epochs: float = 1.0
     """Passes over the training pairs."""
     max_steps: int = -1

@@ -35,15 +35,26 @@ def optimizer_name(name: str, device_type: str) -> str:
 
 def make_scheduler(
     name: str, optimizer: torch.optim.Optimizer, *, warmup_ratio: float, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' learning-rate schedule of that name."""
-    from transformers import get_scheduler
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """transformers' learning-rate schedule of that name, but for the warmup: there it starts at 0, which wastes the
+    first step and trains nothing in a run of one. Here step n of W has the share n / (W + 1), as in nanoGPT."""
+    warmup = 0 if name == "constant" else math.ceil(warmup_ratio * total_steps)
 
-    warmup = math.ceil(warmup_ratio * total_steps)
-    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
-    )
-    return scheduler
+    def share(done: int) -> float:
+        if done < warmup:
+            return (done + 1) / (warmup + 1)
+        return DECAYS[name]((done - warmup) / max(1, total_steps - warmup))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "constant_with_warmup": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Share of the peak that is left when this share of the steps after the warmup is done."""
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
