@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> Trained | None:
 
 def train_in(run: RunFolder, config: TrainConfig, device: torch.device, ranks: Ranks = ALONE) -> Trained | None:
     """`train` in a folder that is held for it already, as one of its processes."""
-    if ranks.on_main(lambda: run.is_finished):
+    if ranks.on_main(lambda: run.has_nothing_to_do):
         print(f"{run.path} is finished; --fresh starts it anew.", file=sys.stderr)
         return None
     if ranks.is_sharded:
@@ -200,6 +200,7 @@ def prepare(
         seed=options.seed,
         sampler=data.sampler,
     )
+    ranks.on_main(lambda: run.refuse_fewer_steps(schedule.total_steps))
     run_id = ranks.on_main(
         lambda: run.begin(
             total_steps=schedule.total_steps, environment=describe(), pairs_per_step=pairs_per_step,

@@ -119,6 +119,22 @@ def test_same_command_again_continues_then_says_it_is_finished(
 
 
 @pytest.mark.slow
+def test_a_finished_run_with_more_steps_ends_as_one_that_had_them_from_the_start(
+    model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    constant = ("--lr_scheduler_type", "constant", "--reference_store", "none")
+    for name, more in (
+        ("whole", ()), ("grown", ("--max_steps", "4")), ("grown", ("--allow_changed", "max_steps")),
+    ):  # fmt: skip
+        assert main(command(model_folder, pairs_file, tmp_path / name, *constant, *more)) == 0
+    whole, grown = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "grown"))
+    assert [row["step"] for row in grown] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in grown] == [row["loss"] for row in whole]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "grown")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_exit_code_75(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = command(model_folder, pairs_file, out, "--max_steps", "5000", "--save_steps", "5000")

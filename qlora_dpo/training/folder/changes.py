@@ -26,6 +26,8 @@ FREE = ONE_TIME | {
 }  # fmt: skip
 # Options that checkpoints are made of: nothing could go on from one with other values.
 FIXED = {"lora_r", "lora_target_modules", "optim"}
+# Options that give a finished run steps to do.
+LENGTHENING = {"max_steps", "num_train_epochs"}
 # For each option whose content is compared, the options that decide about that content.
 CONTENT = {
     "dataset": {option.name for option in fields(DataOptions)} | {"model_name_or_path", "model_revision"},
@@ -41,6 +43,11 @@ class Change:
     name: str
     was: Any
     now: Any
+
+    @property
+    def may_add_steps(self) -> bool:
+        """A finished run may have steps to do with it."""
+        return self.name in LENGTHENING and (self.now > self.was or self.now <= 0)
 
     def __str__(self) -> str:
         note = " (no checkpoint could go on with that)" if self.name in FIXED else ""
@@ -76,12 +83,20 @@ def changed_content(
     return changes
 
 
-def refuse(path: Path, changes: Sequence[Change], allowed: Collection[str]) -> None:
-    """Refuse what has changed and was not allowed, or cannot be.
+def refuse(
+    path: Path, changes: Sequence[Change], allowed: Collection[str], *, is_finished: bool = False
+) -> None:
+    """Refuse what has changed and was not allowed, or cannot be; in a finished run also what leaves it nothing to do.
 
     Raises:
         UsageError: with the list of what differs.
     """
+    if is_finished and changes and not any(change.may_add_steps for change in changes):
+        raise UsageError(
+            f"{path} holds a finished run that began otherwise:\n" + "\n".join(map(str, changes)) + "\nNothing is left "
+            "to train with that: name another --output_dir, start anew with --fresh, or give it more steps (a larger "
+            "--max_steps or --num_train_epochs)."
+        )
     refused = [change for change in changes if change.name not in allowed or change.name in FIXED]
     if not refused:
         return

@@ -72,6 +72,25 @@ class RunFolder:
         return self.status().get("status") == "finished"
 
     @property
+    def has_nothing_to_do(self) -> bool:
+        """It is finished, and nothing was allowed to change since."""
+        return self.is_finished and not self.changes
+
+    def refuse_fewer_steps(self, total_steps: int) -> None:
+        """Refuse to end where a finished run has been, or before.
+
+        Raises:
+            UsageError: with both numbers of steps.
+        """
+        done = int(self.status().get("step", 0))
+        if self.is_finished and total_steps <= done:
+            raise UsageError(
+                f"{self.path} holds a run that has finished its {done} steps, and these options ask for {total_steps}: "
+                "nothing is left to train. Ask for more (--max_steps, --num_train_epochs), name another --output_dir, "
+                "or start anew with --fresh."
+            )
+
+    @property
     def options_hash(self) -> str:
         """Hash of the options that decide what the run computes."""
         return options_hash(self.options)
@@ -168,7 +187,7 @@ def open_run_folder(
     has_begun = run.status().get("status", NEW) != NEW and not fresh  # before that, options may still be corrected
     if has_begun:
         changes = changed_options(_read_config(path / CONFIG), options)
-        refuse(path, changes, allowed)
+        refuse(path, changes, allowed, is_finished=run.is_finished)
         named = [name for name in allowed if name not in CONTENT]  # about content the data have the last word
         refuse_pointless(path, changes, named, run.status().get("changed", []))
         run = replace(run, changes=tuple(changes))
