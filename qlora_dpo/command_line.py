@@ -41,6 +41,9 @@ RENAMED = {
 }
 
 
+EITHER = (("load_in_4bit", "load_in_8bit"),)  # where the first is a default that the second overrides
+
+
 @dataclass(frozen=True)
 class Command:
     """A row of the table: what it does, its option groups, and the function that runs."""
@@ -163,6 +166,7 @@ def parse(program: str, command: Command, argv: list[str]) -> dict[str, Any]:
             options = _home_expanded(parser.parse_args(words).as_dict())
     except ArgumentError as error:
         raise UsageError(_plain_words(str(error), kinds)) from error
+    _refuse_both(words, options)
     return {name: options[name] for name in kinds}
 
 
@@ -175,6 +179,14 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, Path):
         return value.expanduser()
     return os.path.expanduser(value) if isinstance(value, str) and _HOME.match(value) else value
+
+
+def _refuse_both(words: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse two options that mean either this or that, where the command line asks for both."""
+    given = {word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")}
+    for one, other in EITHER:
+        if {one, other} <= given and options[one] and options[other]:
+            raise UsageError(f"--{one} and --{other} are both given: leave one of them out.")
 
 
 def _name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -11,6 +11,8 @@ import pytest
 from eval.cli import COMMANDS as EVAL_COMMANDS
 from qlora_dpo.cli import COMMANDS as TOOL_COMMANDS
 from qlora_dpo.command_line import Command, parse, run_commands
+from qlora_dpo.config.checks import train_config
+from qlora_dpo.config.training import quantization_of
 from qlora_dpo.errors import UsageError
 
 
@@ -108,3 +110,16 @@ def test_help_of_an_option_says_kind_and_default(capsys: pytest.CaptureFixture[s
     assert "--output_dir PATH" in said and "--learning_rate X" in said and "--max_train_samples N" in said
     assert "--lora_target_modules NAMES" in said and "(default: all-linear)" in said
     assert "--fresh {true,false}" in said and "(default: false)" in said
+
+
+@pytest.mark.parametrize(
+    "more", [["--load_in_4bit", "--load_in_8bit"], ["--load_in_8bit=true", "--load_in_4bit", "True"]]
+)
+def test_two_ways_to_hold_the_base_are_refused(more: list[str]) -> None:
+    with pytest.raises(UsageError, match="--load_in_4bit and --load_in_8bit are both given"):
+        parse("x", TOOL_COMMANDS["train"], more)
+
+
+@pytest.mark.parametrize("more", [["--load_in_8bit"], ["--load_in_4bit", "false", "--load_in_8bit"]])
+def test_eight_bits_replace_four(more: list[str]) -> None:
+    assert quantization_of(train_config(parse("x", TOOL_COMMANDS["train"], more)).model) == {"load_in_8bit": True}

@@ -15,7 +15,12 @@ from qlora_dpo.errors import StorageError, UsageError
 from qlora_dpo.models.loading import load_tokenizer
 from qlora_dpo.models.lora import check_adapter_folder
 from qlora_dpo.training.folder.checkpoints import newest_valid
-from qlora_dpo.training.folder.content import base_fingerprint, refuse_other_base
+from qlora_dpo.training.folder.content import (
+    base_fingerprint,
+    is_same_place,
+    refuse_other_base,
+    refuse_reference_of_other_base,
+)
 from qlora_dpo.training.folder.run_folder import CONFIG, STATUS, RunFolder
 from qlora_dpo.training.policy import load_training_tokenizer
 
@@ -61,7 +66,7 @@ class ScoredAdapter:
         parts = ("dataset_split", "dataset_config")
         if dataset is None or any(self.settings.get(name) != getattr(config.data, name) for name in parts):
             return False
-        return _same(str(dataset), str(config.data.dataset))
+        return is_same_place(str(dataset), str(config.data.dataset))
 
 
 def open_adapter(name: str) -> ScoredAdapter:
@@ -104,14 +109,12 @@ def check_fit(adapter: ScoredAdapter, config: TrainConfig) -> None:
         StorageError, ModelError: base or reference cannot be read.
     """
     base = str(config.model.model_name_or_path)
-    reference = config.model.reference_model
-    if reference not in (None, base):
-        check_adapter_folder(Path(str(reference)).expanduser())
+    refuse_reference_of_other_base(config.model)
     known = {} if adapter.run is None else adapter.run.status().get("content", {})
     was = known.get("model_name_or_path")
     now = base_fingerprint(config.model)
     refuse_other_base(adapter.folder, base, was, now)
-    if was != now and adapter.base is not None and not _same(adapter.base, base):
+    if was != now and adapter.base is not None and not is_same_place(adapter.base, base):
         _warn(f"{adapter.folder} names {adapter.base} as its base; the scores are of the adapter on {base}.")
     if adapter.run is None:
         _warn(
@@ -152,12 +155,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _equal(name: str, was: Any, now: Any) -> bool:
-    return was == now or (name == "reference_model" and None not in (was, now) and _same(str(was), str(now)))
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two names stand for the same folder, file or Hub id."""
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return was == now or (name == "reference_model" and None not in (was, now) and is_same_place(str(was), str(now)))
 
 
 def _warn(message: str) -> None:

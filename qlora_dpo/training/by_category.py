@@ -28,15 +28,14 @@ def shown_prefix(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def category_table(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics of one line by category, as lines of Markdown; nothing where there are no categories."""
-    prefix = shown_prefix([metrics])
-    if prefix is None:
+    """The held-out metrics of one line by category, as lines of Markdown; nothing where there are no categories."""
+    prefix = "eval_"
+    if not logged_categories([metrics], prefix):
         return []
     columns = [name for name in SHOWN if any(key.startswith(f"{prefix}{name}/") for key in metrics)]
     unit = "tokens" if "mean_token_accuracy" in columns else "pairs"
-    title = f"held-out {unit}" if prefix else f"{unit} of the last step"
     lines = [
-        f"| category | {title} | " + " | ".join(TITLES[name] for name in columns) + " |",
+        f"| category | held-out {unit} | " + " | ".join(TITLES[name] for name in columns) + " |",
         "|---|" + "---:|" * (len(columns) + 1),
     ]
     for category in logged_categories([metrics], prefix):

@@ -14,6 +14,7 @@ from qlora_dpo.data.tokenization import PairTokenizer
 from qlora_dpo.models.experts import count_experts
 from qlora_dpo.models.loading import commit_of, load_base, load_config, load_tokenizer, refuse_untrainable
 from qlora_dpo.models.lora import POLICY, add_adapter, add_frozen_reference, describe_experts, load_adapter
+from qlora_dpo.training.folder.content import refuse_reference_of_other_base
 
 
 def load_training_tokenizer(config: TrainConfig, date: str | None = None) -> Any:
@@ -50,6 +51,7 @@ def load_base_config(model: ModelOptions) -> Any:
 def load_policy(config: TrainConfig, device: torch.device) -> Any:
     """The quantized base with the policy's adapter, and the reference's where that is an adapter too."""
     name = str(config.model.model_name_or_path)
+    refuse_reference_of_other_base(config.model)
     base = load_base_of(config.model, device)
     count = count_experts(base)
     if config.model.reference_model in (None, name):

@@ -275,7 +275,7 @@ def finish(
             options=config.flat(),
             quantization=quantization_of(config.model),
             data_summary=data.summary(),
-            last_metrics=read_metrics(run.metrics)[-1],
+            metrics=read_metrics(run.metrics),
         )
     except OSError as error:
         raise StorageError(

@@ -16,7 +16,7 @@ from qlora_dpo.release.cards.card import card_of, hub_datasets, write_card
 from qlora_dpo.release.cards.records import read_records
 from qlora_dpo.release.cards.sections import Facts, without_paths
 from qlora_dpo.training.records.markdown import code_block, inline
-from qlora_dpo.training.records.model_card import is_hub_id, write_model_card
+from qlora_dpo.training.records.model_card import is_hub_id, result_lines, write_model_card
 from qlora_dpo.training.records.seal import is_untouched
 
 
@@ -180,10 +180,19 @@ def test_the_card_of_a_run_is_sealed_and_names_no_local_data_set(tmp_path: Path)
     for dataset, named in (("org/pairs", ["org/pairs"]), ("/a/pairs.jsonl", None)):
         write_model_card(
             tmp_path / "README.md", name="x", version="1", base="org/base", dataset=dataset, options={},
-            quantization=None, data_summary=[], last_metrics={"step": 1},
+            quantization=None, data_summary=[], metrics=[{"step": 1}],
         )  # fmt: skip
         text = (tmp_path / "README.md").read_text()
         assert is_untouched(text) and metadata(text).get("datasets") == named
+
+
+def test_results_are_of_held_out_pairs_or_of_many_steps() -> None:
+    rows = [{"step": step, "loss": float(step), "rewards/accuracies": step % 2} for step in range(1, 101)]
+    text = "\n".join(result_lines([*rows[:-1], rows[-1] | {"eval_loss": 0.25}]))
+    assert "- held-out loss: 0.25\n" in text and text.startswith("After 100 steps:")
+    assert "- training loss (mean of the last 50 steps that were logged): 75.5\n" in text
+    assert text.endswith("- training reward accuracy (mean of the last 50 steps that were logged): 0.5")
+    assert "training loss (of one step): 1" in "\n".join(result_lines(rows[:1]))
 
 
 def test_numbers_that_belong_to_something_else_are_left_out_and_said(tmp_path: Path) -> None:

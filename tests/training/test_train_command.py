@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,26 @@ def test_policy_starts_from_the_reference_adapter_and_the_reference_stays(
     moved = [(after[name] - before[name]).abs().max().item() for name in before]
     assert 0 < min(moved) and max(moved) < 0.1  # it went on from the SFT adapter, not from zero
     assert all(torch.equal(load_file(sft_adapter / "adapter_model.safetensors")[name], before[name]) for name in before)
+
+
+def test_a_reference_of_another_base_is_refused_by_the_fingerprint_that_its_run_noted(
+    sft_adapter: Path, model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = {"status": "finished", "run_id": "1", "content": {"model_name_or_path": "f" * 64}}
+    (sft_adapter / "run.json").write_text(json.dumps(status))
+    checkpoint = sft_adapter / "checkpoint-2"
+    checkpoint.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(sft_adapter / name, checkpoint)
+    for adapter in (sft_adapter, checkpoint):
+        assert train(model_folder, pairs_file, tmp_path / "run", "--reference_model", adapter) == 65
+        told = capsys.readouterr().err
+        assert f"{model_folder} is not the base that {adapter} was trained on" in told and "noted ffffffffffff" in told
+    (sft_adapter / "run.json").unlink()
+    renamed = json.loads((sft_adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/other"}
+    (sft_adapter / "adapter_config.json").write_text(json.dumps(renamed))
+    assert train(model_folder, pairs_file, tmp_path / "run", "--reference_model", sft_adapter) == 0
+    assert f"{sft_adapter} names org/other as its base, and here it is put on {model_folder}" in capsys.readouterr().err
 
 
 def test_reference_is_the_frozen_adapter_while_it_is_active(sft_adapter: Path) -> None:

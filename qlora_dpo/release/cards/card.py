@@ -100,9 +100,9 @@ def _eval_results(records: Records, facts: Facts) -> list[Any]:
         name = f"win rate over the base by {method} ({span}, {verdict.get('prompts')} prompts)"
         found.append(prompts | {"metric_type": "win_rate", "metric_name": name, "metric_value": verdict["win_rate"]})
     for key, kind in (("eval_rewards/accuracies", "accuracy"), ("eval_rewards/margins", "reward_margin")):
-        if key in records.last_metrics:
+        if records.metrics and key in records.metrics[-1]:
             name = f"reward {kind.split('_')[-1]}"
-            value = records.last_metrics[key]
+            value = records.metrics[-1][key]
             found.append(held_out | {"metric_type": kind, "metric_name": name, "metric_value": value})
     task = {"task_type": "text-generation", "task_name": "Text Generation"}
     return [EvalResult(**(task | one | {"metric_value": round(one["metric_value"], 4)})) for one in found]

@@ -45,7 +45,8 @@ class Records:
     status: dict[str, Any] = field(default_factory=dict)
     """run.json."""
     config: dict[str, Any] = field(default_factory=dict)
-    last_metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """metrics.jsonl, of a checkpoint up to its step."""
     data: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, str]] = field(default_factory=list)
@@ -147,7 +148,7 @@ def read_records(folder: Path, run: Path | None = None) -> Records:
         metrics = [row for row in read_metrics(run / METRICS) if step is None or row.get("step", 0) <= step]
         found |= {
             "config": _settings(run / CONFIG, notes),
-            "last_metrics": metrics[-1] if metrics else {},
+            "metrics": metrics,
             "data": _object(run / DATA, notes),
             **_comparison(run, step, notes),
         }

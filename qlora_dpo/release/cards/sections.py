@@ -45,7 +45,7 @@ class Facts:
 
 
 def _results(records: Records, facts: Facts) -> list[str]:
-    lines = result_lines(records.last_metrics) if records.last_metrics else []
+    lines = result_lines(records.metrics) if records.metrics else []
     return [*lines, *(["", f"![training curves]({CURVES})"] if facts.has_curves else [])]
 
 

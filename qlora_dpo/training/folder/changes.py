@@ -83,9 +83,7 @@ def changed_content(
     return changes
 
 
-def refuse(
-    path: Path, changes: Sequence[Change], allowed: Collection[str], *, is_finished: bool = False
-) -> None:
+def refuse(path: Path, changes: Sequence[Change], allowed: Collection[str], *, is_finished: bool = False) -> None:
     """Refuse what has changed and was not allowed, or cannot be; in a finished run also what leaves it nothing to do.
 
     Raises:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from qlora_dpo.config.training import ModelOptions, TrainConfig
 from qlora_dpo.errors import ModelError
 from qlora_dpo.models.loading import commit_of, load_config
+from qlora_dpo.models.lora import check_adapter_folder
 from qlora_dpo.models.weight_files import weight_files
 from qlora_dpo.reference.identity import combined, hashes
 from qlora_dpo.training.data import TrainingData
+from qlora_dpo.training.folder.owned import read_status
 
 _COMMIT_LENGTH = 40  # of a Hub model's commit; a hash of weights is longer
 
@@ -51,6 +54,31 @@ def weights_fingerprint(folder: Path) -> str:
         StorageError: a file cannot be read, or there is none.
     """
     return combined(hashes(weight_files(folder)))
+
+
+def refuse_reference_of_other_base(model: ModelOptions) -> None:
+    """Refuse a reference adapter whose run noted another base than this one; warn where it only names another.
+
+    Raises:
+        ModelError: with both fingerprints.
+        StorageError, ModelError: base or adapter cannot be read.
+    """
+    base = str(model.model_name_or_path)
+    if model.reference_model in (None, base):
+        return
+    adapter = Path(str(model.reference_model)).expanduser()
+    named = check_adapter_folder(adapter).get("base_model_name_or_path")
+    notes = (read_status(folder).get("content", {}) for folder in (adapter, adapter.absolute().parent))
+    noted: str | None = next((note["model_name_or_path"] for note in notes if "model_name_or_path" in note), None)
+    now = base_fingerprint(model)
+    refuse_other_base(adapter, base, noted, now)
+    if noted != now and named and not is_same_place(str(named), base):
+        print(f"warning: {adapter} names {named} as its base, and here it is put on {base}.", file=sys.stderr)
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two names stand for the same folder, file or Hub id."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def refuse_other_base(adapter: Path, base: str, noted: str | None, now: str) -> None:

@@ -62,10 +62,13 @@ RESULTS = {
     "eval_rewards/margins": "held-out reward margin",
     "eval_loss": "held-out loss",
     "eval_mean_token_accuracy": "held-out token accuracy",
+}
+RESULTS_OF_STEPS = {
     "loss": "training loss",
     "mean_token_accuracy": "training token accuracy",
     "rewards/accuracies": "training reward accuracy",
 }
+AVERAGED = 50  # lines of metrics.jsonl; one step says little, having a few pairs
 
 
 def write_model_card(
@@ -79,7 +82,7 @@ def write_model_card(
     options: dict[str, Any],
     quantization: dict[str, Any] | None,
     data_summary: Sequence[str],
-    last_metrics: dict[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the card, unless somebody wrote or edited the one that is there; metadata as the Hub reads it."""
     if is_edited(path):
@@ -99,7 +102,7 @@ def write_model_card(
         base=base,
         method=METHODS[objective],
         version=version,
-        results="\n".join(result_lines(last_metrics)),
+        results="\n".join(result_lines(metrics)),
         data="\n".join(f"- {line}" for line in data_summary),
         settings="\n".join(setting_lines(options, objective)),
         use="\n".join(use_of_adapter(name, base, options.get("model_revision"), quantization, options.get("dtype"))),
@@ -113,11 +116,17 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and file_kind(path) is None and not path.exists()
 
 
-def result_lines(last_metrics: Mapping[str, Any]) -> list[str]:
-    """What the last step's line of metrics.jsonl says, with a table where there are categories."""
-    results = [f"- {title}: {last_metrics[key]:.4g}" for key, title in RESULTS.items() if key in last_metrics]
-    table = category_table(last_metrics)
-    return [f"After {last_metrics.get('step')} steps:", "", *results, *(["", *table] if table else [])]
+def result_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the lines of metrics.jsonl say: the last one about held-out pairs, with a table where these have categories,
+    and the last ones on average about the steps."""
+    last, steps = metrics[-1], metrics[-AVERAGED:]
+    results = [f"- {title}: {last[key]:.4g}" for key, title in RESULTS.items() if key in last]
+    for key, title in RESULTS_OF_STEPS.items():
+        if values := [row[key] for row in steps if key in row]:
+            of = f" (mean of the last {len(values)} steps that were logged)" if len(values) > 1 else " (of one step)"
+            results.append(f"- {title}{of}: {sum(values) / len(values):.4g}")
+    table = category_table(last)
+    return [f"After {last.get('step')} steps:", "", *results, *(["", *table] if table else [])]
 
 
 def setting_lines(options: Mapping[str, Any], objective: str) -> list[str]:
