@@ -113,6 +113,8 @@ def test_pickle_beside_an_adapter_is_not_read_and_alone_it_is_refused(tmp_path: 
     "field",
     [
         {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+        {"auto_mapping": {"base_model_class": "system", "parent_library": "transformers.models.llama os"}},
+        {"auto_mapping": {"base_model_class": "system", "parent_library": "transformers.utils"}},
         {"megatron_config": {"tensor_model_parallel_size": 1}},
         {"base_model_class": "system", "parent_library": "os"},
         {"megatron_core": "os"},

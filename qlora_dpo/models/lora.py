@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,6 +149,7 @@ def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
     from peft import PeftModel
 
     check_adapter_folder(folder)
+    resize_to_adapter(base, folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -160,6 +162,32 @@ def load_adapter(base: nn.Module, folder: Path, *, trainable: bool) -> Any:
         raise does_not_fit(folder, f"it has {unknown[0]}, and the base has no such layer")
     experts.adapt_experts(model)
     return model
+
+
+def embedding_names(model: Any) -> list[str]:
+    """The parameters of the embedding and of the output layer."""
+    modules = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return [f"{name}.weight" for name, module in model.named_modules() if id(module) in modules]
+
+
+def resize_to_adapter(base: Any, folder: Path) -> int | None:
+    """Give the base as many rows of embeddings as the adapter brings, whose tool added tokens; returns them, or None
+    where they are the base's."""
+    from safetensors import safe_open
+
+    names = embedding_names(base)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        found = [
+            file.get_slice(key).get_shape()[0]
+            for key in file.keys()
+            if "lora_" not in key and key.endswith(tuple(f".{name}" for name in names))
+        ]
+    rows = max(found, default=None)
+    if rows is None or rows == len(base.get_input_embeddings().weight):
+        return None
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    base.requires_grad_(False)
+    return int(rows)
 
 
 def does_not_fit(folder: Path, reason: str) -> ModelError:
@@ -217,12 +245,17 @@ def _refuse_more_than_lora(config_file: Path, config: dict[str, Any]) -> None:
         ModelError: it asks to import code, for another method, or for an initialization that changes the base.
     """
     for field in IMPORTING_FIELDS:
-        if config.get(field):
+        if config.get(field) and not _names_transformers(field, config[field]):
             raise ModelError(
                 f"{config_file}: {field} asks to import code; such an adapter is refused. Remove the field."
             )
     for field, value in config.items():
-        if value and field not in LORA_FIELDS and value != HARMLESS_DEFAULTS.get(field):
+        if (
+            value
+            and field not in LORA_FIELDS
+            and field not in IMPORTING_FIELDS
+            and value != HARMLESS_DEFAULTS.get(field)
+        ):
             raise ModelError(
                 f"{config_file}: {field} is {json.dumps(value)[:80]}, which plain LoRA does not have. Only plain LoRA "
                 "adapters are read: other methods read files or change the base while they load."
@@ -234,6 +267,12 @@ def _refuse_more_than_lora(config_file: Path, config: dict[str, Any]) -> None:
             "the adapter is loaded. Convert it to a plain LoRA adapter with PEFT (save_pretrained with "
             "path_initial_model_for_weight_conversion)."
         )
+
+
+def _names_transformers(field: str, value: Any) -> bool:
+    """What PEFT notes of a model class of transformers, which only its AutoPeftModel reads; nothing here imports it."""
+    library = value.get("parent_library") if field == "auto_mapping" and isinstance(value, dict) else None
+    return isinstance(library, str) and re.fullmatch(r"transformers\.models(\.\w+)+", library) is not None
 
 
 @contextmanager

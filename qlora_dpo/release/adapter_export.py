@@ -11,9 +11,10 @@ import torch
 from qlora_dpo.config.release import AdapterExportOptions
 from qlora_dpo.errors import ModelError
 from qlora_dpo.files.guard import refuse_used_folder
-from qlora_dpo.release.artefact import Artefact, open_artefact, tokenizer_of
+from qlora_dpo.release.artefact import Artefact, open_artefact
 from qlora_dpo.release.cards.card import write_card
 from qlora_dpo.release.staging import require_space, staged
+from qlora_dpo.release.tokenizer_files import write_tokenizer
 from qlora_dpo.training.trained_on import BASE_HELD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +39,7 @@ def export_adapter(options: AdapterExportOptions) -> None:
         named = {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
         _write(folder / CONFIG, artefact.adapter_config | named)
         _write(folder / BASE_HELD, _held(artefact, base, revision))
-        tokenizer_of(artefact).save_pretrained(folder)
+        write_tokenizer(artefact, folder)
         write_card(folder, options.output.name, None if artefact.run is None else artefact.run.path)
     print(f"{options.output}: the adapter of {artefact.named} on {base} ({dtype}).")
     if Path(base).expanduser().is_dir():

@@ -18,7 +18,7 @@ from qlora_dpo.training.folder.run_folder import STATUS, RunFolder
 from qlora_dpo.training.trained_on import TrainedOn, trained_on
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")  # of the base, copied as is
+BESIDE = ("preprocessor_config.json", "processor_config.json")  # of the base, copied as is
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -126,11 +126,13 @@ def _downloaded(artefact: Artefact, name: str, revision: str | None) -> Path:
     _refuse_changed(artefact, str(commit))
     try:
         try:
+            hf_hub_download(name, SINGLE, revision=commit)
+            weights = [SINGLE]
+        except errors.EntryNotFoundError:
             index = Path(hf_hub_download(name, INDEX, revision=commit))
             weights = [INDEX, *sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-        except errors.EntryNotFoundError:
-            weights = [SINGLE]
-        return Path(snapshot_download(name, revision=commit, allow_patterns=["config.json", *BESIDE, *weights]))
+        small = ["config.json", "generation_config.json", *BESIDE]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=[*small, *weights]))
     except (OSError, errors.HfHubHTTPError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise StorageError(

@@ -224,8 +224,12 @@ def test_untrained_adapter_says_that_nothing_can_be_said(model_folder: Path, pai
     (tmp_path / "adapter").mkdir()
     save_adapter(policy, tmp_path / "adapter")
     with opened(tmp_path / "adapter", tmp_path, pairs_file, max_pairs=4) as yardstick:
-        assert "it is untrained, or changes nothing here" in yardstick.notes()[0]
-        assert "as good as none" in yardstick.notes()[1]
+        assert "it is untrained, or its updates are 0" in yardstick.notes()[0]
+        assert "rounding alone moves it by" in yardstick.notes()[1]
+        little = replace(yardstick, reference=replace(yardstick.reference, kl=yardstick.reference.kl + 1e-4))
+        noisy = replace(little, again=replace(yardstick.again, kl=yardstick.again.kl + 1e-4))
+        assert noisy.notes()[0].startswith("The adapter is 0.0001 of KL per token from its base, and rounding alone is")
+        assert little.tells_kl and not noisy.tells_kl
         assert yardstick.facts()["pairs"] == 4
         found = measure(yardstick, model_folder, CPU)
         assert (found.kl_of_scale, found.margin_retained, found.problems) == (None, None, [])
@@ -305,7 +309,8 @@ def test_update_summary_names_where_storage_keeps_least() -> None:
         "update_size": 0.02, "update_kept": 0.9, "update_lost": 0.2, "update_kept_worst": 0.5,
         "update_kept_worst_layer": "b",
     }  # fmt: skip
-    assert update_summary([]) == {}
+    assert update_summary([*updates, LayerUpdate("zero", 0.0, 1.0, 0.0)]) == update_summary(updates)
+    assert update_summary([]) == update_summary([LayerUpdate("zero", 0.0, 1.0, 0.0)]) == {}
 
 
 def test_table_fits_a_terminal_and_says_why(tiny_yardstick: Yardstick) -> None:

@@ -21,6 +21,7 @@ from tiny import RAGGED, random_pairs
 
 from qlora_dpo.cli import main
 from qlora_dpo.release.merging.merge import recipes_of
+from qlora_dpo.release.merging.weights import Merge
 from qlora_dpo.training.folder.run_folder import RunFolder
 from qlora_dpo.training.trained_on import load_trained
 
@@ -275,12 +276,15 @@ def test_stopped_command_leaves_no_half_folder_and_the_next_works(
 
 def test_candidates_are_the_bases_and_types_that_there_are() -> None:
     def names(base: str, dtype: str, **facts: Any) -> list[str]:
-        known = {"comes_quantized": False, "is_held_as_stored": False, "lost_parts": [], "half_type": torch.bfloat16}
-        prepared: Any = SimpleNamespace(base=SimpleNamespace(check_holdable=lambda: None, **known | facts))
+        known: dict[str, Any] = {"comes_quantized": False, "is_held_as_stored": False, "lost_parts": []}
+        known |= {"half_types": (torch.bfloat16,)}
+        base_weights: Any = SimpleNamespace(check_holdable=lambda: None, **known | facts)
+        nothing: Any = None
+        prepared = Merge(nothing, base_weights, nothing, (), False)
         return [recipe.name for recipe in recipes_of(prepared, base, dtype)]
 
     assert names("auto", "bfloat16") == ["train, bfloat16", "original, bfloat16"]
-    assert names("train", "auto", half_type=torch.float16) == ["train, float16", "train, bfloat16"]
+    assert names("train", "auto", half_types=(torch.float16, torch.bfloat16)) == ["train, float16", "train, bfloat16"]
     assert names("auto", "float32", comes_quantized=True) == ["train, float32"]
     assert names("auto", "float32", is_held_as_stored=True) == ["train, float32"]
     assert names("auto", "float32", lost_parts=["experts"]) == ["original, float32"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from release.tiny_adapters import CPU, MOE, logits, merged, save_adapter, save_base
-from safetensors.torch import load_file
-from tiny import MIXTURES
+from safetensors.torch import load_file, save_file
+from tiny import MIXTURES, tiny_model, with_lora
 from torch import nn
 
 from qlora_dpo.errors import ModelError, UsageError
@@ -170,8 +170,6 @@ def test_layer_update_says_what_storage_keeps(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     small = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in tensors.items()}
-    from safetensors.torch import save_file
-
     save_file(small, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     updates = {
         dtype: merged(tmp_path / str(dtype), tmp_path / "adapter", Recipe("original", dtype))[1][0]
@@ -191,6 +189,25 @@ def test_layer_update_says_what_storage_keeps(tmp_path: Path) -> None:
     assert full.lost < updates[torch.float16].lost < updates[torch.bfloat16].lost
 
 
+def test_layer_whose_update_is_zero_loses_nothing(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    with_lora(tiny_model(), zero=True).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    named = {"base_model_name_or_path": str(base)}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | named))
+    updates = merged(tmp_path / "merged", tmp_path / "adapter", Recipe("original", torch.bfloat16))[1]
+    assert {(update.size, update.kept, update.lost) for update in updates} == {(0.0, 1.0, 0.0)}
+
+
+def test_families_that_overflow_in_float16_are_not_stored_in_it(tmp_path: Path) -> None:
+    types = {}
+    for family in ("llama", "gemma2"):
+        base = save_base(tmp_path / family, family, dtype=torch.float16)
+        config = load_config(str(base))
+        types[family] = BaseWeights(base, config, quantization=None, dtype=torch.bfloat16, device=CPU).half_types
+    assert types == {"llama": (torch.float16, torch.bfloat16), "gemma2": (torch.bfloat16,)}
+
+
 def test_config_says_what_is_stored_and_nothing_of_quantization(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.5, "do_sample": true}')
@@ -208,8 +225,6 @@ def test_config_says_what_is_stored_and_nothing_of_quantization(tmp_path: Path) 
 
 
 def test_tied_embeddings_that_are_stored_twice_are_stored_once(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     base = save_base(tmp_path / "base", tie_word_embeddings=True, shard="1GB")
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -220,8 +235,6 @@ def test_tied_embeddings_that_are_stored_twice_are_stored_once(tmp_path: Path) -
 
 
 def test_tensors_that_transformers_has_no_place_for_pass_unchanged(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     base = save_base(tmp_path / "base", shard="1GB")
     tensors = load_file(base / "model.safetensors")
     extra = {"mtp.weight": torch.full((3,), 1.001), "steps": torch.tensor([7])}
@@ -233,8 +246,6 @@ def test_tensors_that_transformers_has_no_place_for_pass_unchanged(tmp_path: Pat
 
 
 def test_weight_beyond_float16_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     base = save_base(tmp_path / "base", shard="1GB")
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][3] = 70_000
@@ -253,8 +264,6 @@ def test_base_that_a_cpu_cannot_quantize_rightly_can_only_be_merged_into_as_stor
 
 
 def changed_adapter(folder: Path, change: Any) -> None:
-    from safetensors.torch import save_file
-
     file = folder / "adapter_model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 

@@ -56,7 +56,8 @@ def _distance(one: Measured) -> tuple[bool, float]:
 
 
 def update_summary(updates: Sequence[LayerUpdate]) -> dict[str, Any]:
-    """The merged layers in a few numbers: medians, and where storage keeps least."""
+    """The layers whose update is not 0 in a few numbers: medians, and where storage keeps least."""
+    updates = [update for update in updates if update.size]
     if not updates:
         return {}
     worst = min(updates, key=lambda update: update.kept)
@@ -139,7 +140,9 @@ def _words(yardstick: Yardstick, measured: Sequence[Measured], chosen: str | Non
             worst = f"{_percent(found['update_kept_worst'])} in {found['update_kept_worst_layer']}"
             yield f"{one.name}: storage rounds away a part of the update, at worst it keeps {worst}."
     yield from yardstick.notes()
-    if any(one.name == chosen and not one.fidelity.is_refused for one in measured):
+    if any(one.name == chosen and not one.fidelity.is_refused for one in measured) and not yardstick.tells_kl:
+        yield "* is taken: the smallest KL of those not refused, which rounding decides here."
+    elif any(one.name == chosen and not one.fidelity.is_refused for one in measured):
         yield "* is taken: of those not refused, none is nearer by a percent of what training changed."
     yield (
         f"KL is how far predictions are apart, over the whole vocabulary. Refused: a KL above {100 * MOST_KL:.0f} % of "

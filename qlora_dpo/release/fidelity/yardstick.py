@@ -100,16 +100,21 @@ class Yardstick:
     def notes(self) -> list[str]:
         """What the reader of the numbers has to know."""
         notes = []
-        if not self.tells_kl:
+        if self.scale <= SMALLEST_KL:
             notes.append(
-                f"The adapter is {self.scale:.2g} of KL per token from its base, hardly more than rounding "
-                f"({self.noise:.2g}): it is untrained, or changes nothing here. What share of it a merge keeps cannot "
-                "be said, so no merge is refused for that."
+                "The adapter changes nothing on these tokens: it is untrained, or its updates are 0. There is nothing "
+                "that a merge could lose, so none is refused for that."
+            )
+        elif not self.tells_kl:
+            notes.append(
+                f"The adapter is {self.scale:.2g} of KL per token from its base, and rounding alone is "
+                f"{self.noise:.2g}: it changes too little here (below {OVER_NOISE_KL} times rounding) to say what "
+                "share of it a merge keeps, so no merge is refused for that."
             )
         if self.pairs and not self.tells_margin:
             notes.append(
-                f"The adapter's mean margin on these pairs is {self.margins.mean():.2g}, which is as good as none: "
-                "what share of it a merge keeps cannot be said."
+                f"The adapter's mean margin on these pairs is {self.margins.mean():.2g}, and rounding alone moves it "
+                f"by {self.margin_noise:.2g}: too little to say what share of it a merge keeps."
             )
         elif self.pairs and self.margins.mean() < 0:
             notes.append(

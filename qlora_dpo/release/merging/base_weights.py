@@ -28,6 +28,8 @@ from qlora_dpo.models.weight_files import weight_files
 from qlora_dpo.release.merging.parts import Parts
 
 SHOWN = 3  # names in a message
+# vLLM refuses to run these in float16 (vllm/config/model.py, _FLOAT16_NOT_SUPPORTED_MODELS).
+OVERFLOWING = {"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"}
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,14 @@ class BaseWeights:
         """Weights that training held quantized and that are stored in parts which are not joined here."""
 
     @property
-    def half_type(self) -> torch.dtype:
-        """The 16-bit type of its largest tensor; for one that is stored otherwise, bfloat16."""
+    def half_types(self) -> tuple[torch.dtype, ...]:
+        """The 16-bit types that it can be stored in, first that of its largest tensor; float16 only where its family
+        computes in that without overflowing."""
         largest = max(self.tensors, key=lambda tensor: math.prod(tensor.shape))
-        return torch.float16 if self.stored_type(largest) == torch.float16 else torch.bfloat16
+        if {self.config.model_type, self.config.get_text_config().model_type} & OVERFLOWING:
+            return (torch.bfloat16,)
+        types = (torch.bfloat16, torch.float16)
+        return types[::-1] if self.stored_type(largest) == torch.float16 else types
 
     @property
     def is_held_as_stored(self) -> bool:

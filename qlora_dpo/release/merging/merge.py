@@ -80,9 +80,7 @@ def recipes_of(prepared: Merge, base: str, dtype: str) -> list[Recipe]:
     bases: Sequence[Any] = prepared.bases if base == "auto" else [base]
     if "train" in bases:
         prepared.base.check_holdable()
-    own = prepared.base.half_type
-    other = torch.float16 if own == torch.bfloat16 else torch.bfloat16
-    types = [own, other] if dtype == "auto" else [TYPES[dtype]]
+    types = prepared.base.half_types if dtype == "auto" else (TYPES[dtype],)
     return [Recipe(one, type_) for type_ in types for one in bases]
 
 

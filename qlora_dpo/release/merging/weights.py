@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,12 @@ from torch import Tensor
 
 from qlora_dpo.errors import ModelError, UsageError
 from qlora_dpo.models.loading import load_config
-from qlora_dpo.release.artefact import BESIDE, INDEX, Artefact, locate_base, tokenizer_of
+from qlora_dpo.models.lora import embedding_names, resize_to_adapter
+from qlora_dpo.release.artefact import BESIDE, INDEX, Artefact, locate_base
 from qlora_dpo.release.merging.adapter_updates import AdapterUpdates
 from qlora_dpo.release.merging.base_weights import SHOWN, BaseWeights, Stored, dtypes_of
+from qlora_dpo.release.merging.end_tokens import write_end_tokens
+from qlora_dpo.release.tokenizer_files import write_tokenizer
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Base = Literal["train", "original"]
@@ -86,6 +90,8 @@ class Merge:
     outputs: tuple[Output, ...]
     is_untied: bool
     """The two embeddings, tied in the base's config, differ: by the adapter, or already in its files."""
+    rows: int | None = None
+    """Of the vocabulary, where the adapter resized it."""
     stacks: dict[tuple[str, str], tuple[Parted, Parted]] = field(default_factory=dict, compare=False)
     """The parts of the experts that were merged last, by base and parameter."""
 
@@ -146,6 +152,7 @@ def prepare_merge(artefact: Artefact, device: torch.device) -> Merge:
     folder, origin = locate_base(artefact), artefact.origin
     config = load_config(str(folder))
     base = BaseWeights(folder, config, quantization=origin.quantization, dtype=origin.dtype, device=device)
+    rows = resize_to_adapter(base.model, artefact.adapter)
     updates = AdapterUpdates(base.model, artefact.adapter)
     outputs = {tensor.name: Output(tensor.name, tensor.parameter, tensor) for tensor in base.tensors}
     is_untied = _settle_ties(base, updates, outputs)
@@ -157,7 +164,27 @@ def prepare_merge(artefact: Artefact, device: torch.device) -> Merge:
             f"{artefact.adapter}: the adapter changes {', '.join(missing[:SHOWN])}, which {origin.base} does not store "
             "as one tensor nor in parts that can be joined, so it cannot be merged here. Merge it with PEFT."
         )
-    return Merge(artefact, base, updates, tuple(outputs.values()), is_untied)
+    if rows is not None:
+        _resize(artefact, base.model, updates, outputs, rows)
+    return Merge(artefact, base, updates, tuple(outputs.values()), is_untied, rows)
+
+
+def _resize(artefact: Artefact, model: Any, updates: AdapterUpdates, outputs: dict[str, Output], rows: int) -> None:
+    """Give the embedding and the head the rows that the adapter brings.
+
+    Raises:
+        ModelError: it brings only one of them.
+    """
+    size, embeddings = model.get_input_embeddings().weight.shape[1], {*embedding_names(model)}
+    for name, output in outputs.items():
+        if output.parameter in embeddings:
+            if output.parameter not in updates.replaced:
+                raise ModelError(
+                    f"{artefact.adapter}: its vocabulary was resized from {output.source.shape[0]:,} to {rows:,} rows, "
+                    f"and it brings no {output.parameter} of that size. Save it with save_embedding_layers=True, or "
+                    "merge it with PEFT."
+                )
+            outputs[name] = replace(output, source=replace(output.source, shape=(rows, size)))
 
 
 def write_merged(merge: Merge, recipe: Recipe, folder: Path, max_shard_size: int | str) -> list[LayerUpdate]:
@@ -187,10 +214,13 @@ def write_merged(merge: Merge, recipe: Recipe, folder: Path, max_shard_size: int
     _write_config(merge, recipe, folder)
     for file in shards.filename_to_tensors:
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read what it writes
+    added = write_end_tokens(merge.artefact, merge.base.folder, folder)
+    if added is not None:
+        print(f"Answers ended with {added} in training: {recipe.name} stops at it too (eos_token_id).", file=sys.stderr)
     for name in BESIDE:
         if (merge.base.folder / name).is_file():
             shutil.copyfile(merge.base.folder / name, folder / name)
-    tokenizer_of(merge.artefact).save_pretrained(folder)
+    write_tokenizer(merge.artefact, folder)
     return measured
 
 
@@ -210,6 +240,8 @@ def merged_tensor(merge: Merge, recipe: Recipe, output: Output) -> tuple[Tensor,
         before, after = _merged_parts(merge, recipe, output.parameter)
         return before[output.name], after[output.name]
     weight = merge.base.held(output.source) if recipe.base == "train" else merge.base.original(output.source)
+    if weight.dim() and len(weight) < output.source.shape[0]:  # rows of added tokens, which the base has not
+        weight = torch.cat([weight, weight.new_zeros(output.source.shape[0] - len(weight), weight.shape[1])])
     is_changed = output.parameter in merge.updates.changed
     return weight, merge.updates.merged(output.parameter, weight) if is_changed else weight
 
@@ -247,8 +279,10 @@ def _measured(name: str, base: Tensor, merged: Tensor, stored: Tensor) -> LayerU
         weight, update, left = weight.double(), wanted.double() - weight, found.double() - weight
         sums += torch.stack([weight @ weight, update @ update, left @ left, update @ left])
     of_base, of_update, of_left, product = sums.tolist()
-    kept = product / math.sqrt(of_update * of_left) if of_update and of_left else float(of_update == of_left)
-    size = math.sqrt(of_update / of_base) if of_base else float(of_update > 0)
+    if not of_update:
+        return LayerUpdate(name, 0.0, 1.0, 0.0)  # nothing was there to be lost
+    kept = product / math.sqrt(of_update * of_left) if of_left else 0.0
+    size = math.sqrt(of_update / of_base) if of_base else 1.0
     return LayerUpdate(name, size, kept, same / base.numel())
 
 
@@ -287,6 +321,8 @@ def _write_config(merge: Merge, recipe: Recipe, folder: Path) -> None:
         if part is config or {"dtype", "torch_dtype"} & part.keys():
             part.pop("torch_dtype", None)
             part["dtype"] = recipe.dtype_name
+        if merge.rows is not None and "vocab_size" in part:
+            part["vocab_size"] = merge.rows
         if merge.is_untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

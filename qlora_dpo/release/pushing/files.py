@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dpo.errors import ModelError, StorageError
+from qlora_dpo.release import tokenizer_files
 from qlora_dpo.release.cards.records import (
     ADAPTER_CONFIG,
     CHECK_REPORT,
@@ -25,11 +26,7 @@ from qlora_dpo.training.folder.run_folder import CARD, CURVES
 from qlora_dpo.training.trained_on import BASE_HELD
 
 LARGEST_TEXT = 64 << 20
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json", "additional_chat_templates/*.jinja",
-)  # fmt: skip
+_TOKENIZER = (*tokenizer_files.FILES, "additional_chat_templates/*.jinja")
 _TEXTS = (CARD, "LICENSE*", "NOTICE*", "USE_POLICY*", CURVES, CHECK_REPORT, *_TOKENIZER)
 _OF_MERGED = (WEIGHTS["gguf"], "Modelfile", "generation_config.json", MERGE_REPORT, GGUF_REPORT)
 ALLOWED: dict[Kind, tuple[str, ...]] = {
@@ -69,7 +66,7 @@ _REASONS = (
 )
 _WITH_PATHS = (
     MODEL_CONFIG,
-    "tokenizer_config.json",
+    tokenizer_files.CONFIG,
     "generation_config.json",
     MERGE_REPORT,
     GGUF_REPORT,
@@ -128,7 +125,7 @@ def sort_files(folder: Path, kind: Kind) -> tuple[list[Sent], list[LeftOut]]:
             reason = _why_not(folder, file, name, kind)
             if reason is None:
                 sent.append(_read(file, name))
-            else:
+            elif file.is_symlink() or not file.is_dir() or any(_sizes(file)):
                 left_out.append(_left_out(file, name, reason))
     return sent, left_out
 
@@ -212,10 +209,15 @@ def _cleaned(file: Sent, base: str | None, base_model_id: str | None, revision: 
         if before != (base_model_id, revision):
             changed.setdefault(str(before[0]), base_model_id)
             new |= {"base_model_name_or_path": base_model_id, "revision": revision}
-    if not changed:
+    is_portable = True
+    if file.name == tokenizer_files.CONFIG and isinstance(new, dict):
+        is_portable = new == tokenizer_files.portable(new)
+        new = tokenizer_files.portable(new)
+    if not changed and is_portable:
         return file
     text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
     note = ", ".join(f"{old} becomes {short}" for old, short in changed.items())
+    note = note or "as transformers 4 and 5 read it"
     return Sent(file.name, text.encode(), note)
 
 
