@@ -336,5 +336,10 @@ def _restored(model: Any, folder: Path) -> list[str]:
 
     weights = load_file(folder / "adapter_model.safetensors")
     found: Any = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
-    unknown: list[str] = found.unexpected_keys
-    return unknown
+    return unknown_names(found.unexpected_keys)
+
+
+def unknown_names(unexpected: Sequence[str]) -> list[str]:
+    """Those of an adapter's names that the base has no place for; of a resized embedding PEFT saves each tensor a second
+    time, under the names that it has within its wrapper."""
+    return [name for name in unexpected if ".modules_to_save." not in name and ".original_module." not in name]

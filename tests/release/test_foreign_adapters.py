@@ -34,6 +34,12 @@ def test_adapter_with_added_tokens_is_merged_with_all_its_rows(tmp_path: Path) -
     options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     policy = save_adapter(tmp_path / "adapter", tmp_path / "resized", **options)
     of_base(tmp_path / "adapter", base)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)  # PEFT saves them twice where it sees that the vocabulary was resized
+    own = [name for name in tensors if "lora" not in name]
+    twice = {name.replace(".weight", ".modules_to_save.weight"): tensors[name].clone() for name in own}
+    save_file(tensors | twice, file, metadata={"format": "pt"})
+    assert len(twice) == 2
     updates = merged(tmp_path / "merged", tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert plain.config.vocab_size == 136 and "model.embed_tokens.weight" in {update.name for update in updates}

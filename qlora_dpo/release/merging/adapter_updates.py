@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError
-from qlora_dpo.models.lora import POLICY, does_not_fit
+from qlora_dpo.models.lora import POLICY, does_not_fit, unknown_names
 
 _OWN = f".modules_to_save.{POLICY}."
 
@@ -115,8 +115,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             found: Any = set_peft_model_state_dict(policy, load_file(folder / "adapter_model.safetensors"), POLICY)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise does_not_fit(folder, str(error)) from error
-    if found.unexpected_keys:
-        raise does_not_fit(folder, f"it has {found.unexpected_keys[0]}, and the base has no such layer")
+    if unknown := unknown_names(found.unexpected_keys):
+        raise does_not_fit(folder, f"it has {unknown[0]}, and the base has no such layer")
     missing = [name for name in found.missing_keys if "lora_" in name]
     if missing:
         raise does_not_fit(folder, f"it has nothing for {missing[0]}")
