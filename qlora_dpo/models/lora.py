@@ -340,6 +340,6 @@ def _restored(model: Any, folder: Path) -> list[str]:
 
 
 def unknown_names(unexpected: Sequence[str]) -> list[str]:
-    """Those of an adapter's names that the base has no place for; of a resized embedding PEFT saves each tensor a second
-    time, under the names that it has within its wrapper."""
+    """Those of an adapter's names that the base has no place for; of a resized embedding PEFT saves each tensor a
+    second time, under the names that it has within its wrapper."""
     return [name for name in unexpected if ".modules_to_save." not in name and ".original_module." not in name]
