@@ -81,7 +81,9 @@ def test_what_was_said_arrives_byte_for_byte_in_one_commit(
     assert push(run, "--execute", "--commit_message", "first") == 0
     there = hub.repositories["me/demo"]
     assert there.private and set(there.files) == GOES
-    for name in GOES - {"README.md"}:
+    sent = json.loads(there.files["tokenizer_config.json"])
+    assert sent["tokenizer_class"] == "PreTrainedTokenizerFast" and "is_local" not in sent
+    for name in GOES - {"README.md", "tokenizer_config.json"}:
         assert there.files[name] == (run / name).read_bytes(), name
     assert [commit["summary"] for commit in there.commits] == ["first"]
     assert f"Pushed to {hub.address}/me/demo/commit/" in capsys.readouterr().out
