@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.answers import Answer, Row
-from eval.statistics import mean, wilson
+from eval.statistics import mean
 from qlora_dpo.labeling.candidates import Candidates
 from qlora_dpo.labeling.rule_kinds import Refusal, Repetition
+from qlora_dpo.reference.intervals import wilson
 
 _EDGES = " \t\n.。!！?？,，;；:：\"'“”‘’「」"  # of a fact, which do not count
 _refuses, _repeats = Refusal(), Repetition()

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Z = NormalDist().inv_cdf(0.975)  # of 95 % intervals
+from qlora_dpo.reference.intervals import Interval, Z, wilson
 
 _RESAMPLES = 10_000
 _AT_ONCE = 2_000_000  # drawn places in memory
 _STEPS = 100  # of Newton's method, which needs about ten
-
-Interval = tuple[float, float]
-
-
-def wilson(successes: float, trials: int) -> Interval:
-    """Wilson's score interval (1927) of a proportion, 95 %; half a success is a tie.
-
-    Raises:
-        ValueError: there are no trials.
-    """
-    if trials < 1:
-        raise ValueError("no interval of nothing")
-    share, weight = successes / trials, Z * Z / trials
-    center = (share + weight / 2) / (1 + weight)
-    half = Z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = _RESAMPLES) -> Interval:

@@ -11,7 +11,8 @@ from typing import Any
 
 from eval.answers import Row, Verdict, Winner
 from eval.rates import facts, rates
-from eval.statistics import bootstrap_mean, length_controlled, mean, wilson
+from eval.statistics import bootstrap_mean, length_controlled, mean
+from qlora_dpo.reference.intervals import wilson
 from qlora_dpo.training.folder.run_folder import CONFIG, METRICS
 from qlora_dpo.training.records.tracking import read_metrics
 

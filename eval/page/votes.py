@@ -17,11 +17,11 @@ from typing import Literal
 
 from eval.answers import Row, VerdictFile, Winner
 from eval.answers import Verdict as ComparisonVerdict
-from eval.statistics import Interval, wilson
 from qlora_dpo.data.preferences import Message
 from qlora_dpo.errors import StorageError
 from qlora_dpo.labeling.record_file import RecordFile
 from qlora_dpo.labeling.records import Candidates, Record, Verdict, now, record_path, refuse_unlabelled
+from qlora_dpo.reference.intervals import Interval, wilson
 
 PAIRS = "votes.jsonl"
 PAGE_VERSION = "app 1"

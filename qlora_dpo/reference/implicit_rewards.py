@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from qlora_dpo.data.packing import Pair
 from qlora_dpo.errors import StorageError
 from qlora_dpo.reference.fill import AT_ONCE, keys_of
+from qlora_dpo.reference.intervals import Interval, wilson
 from qlora_dpo.reference.store import ModelRows
 
 Sides = NDArray[np.float64]
 """[pairs, 2]: chosen, rejected."""
 
+CHANCE = 0.5  # share of labels that a coin agrees with
 OF_REWARDS, OF_MODEL = "rewards", "reference_logps_per_token"
 
 
@@ -48,6 +50,17 @@ class Scored:
         log-probs per token."""
         of = self.reference / self.tokens if self.rewards is None else self.rewards
         return of[:, 0] - of[:, 1]
+
+    @cached_property
+    def accuracy_interval(self) -> Interval:
+        """95 % interval of the share of pairs whose chosen answer is preferred; a margin of 0 is half a one."""
+        return wilson(float((self.margins > 0).sum() + (self.margins == 0).sum() / 2), len(self.margins))
+
+    @property
+    def knows_nothing(self) -> bool:
+        """An adapter that agrees with the labels no better than chance, which then cannot tell which of them are
+        wrong."""
+        return self.policy is not None and self.accuracy_interval[0] <= CHANCE
 
     @cached_property
     def most_suspicious(self) -> NDArray[np.int64]:

@@ -79,6 +79,7 @@ class ScoreReport:
             "refused": dict(refused.most_common()),
             "margin_of": self.scored.margin_of,
             "all": self.scored.means(),
+            "accuracy_interval": self.scored.accuracy_interval,
             "categories": self.scored.by_category(self._categories()),
             "flipped_labels": None if self.flipped is None else asdict(self.flipped),
         }

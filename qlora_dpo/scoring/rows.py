@@ -129,13 +129,23 @@ class ScoredRows:
 
 def worst_lines(texts: Sequence[PreferencePair], scored: Scored) -> list[str]:
     """The most suspicious rows, shortened."""
-    lines = [f"The {len(texts)} most suspicious rows (lowest margin; all have their suspicion_rank):"]
+    lines = _heading(len(texts), scored)
     for rank, (place, text) in enumerate(zip(scored.most_suspicious.tolist(), texts, strict=False), 1):
         category = f" ({_short(text.category)})" if text.category else ""
         lines.append(f"{rank:4}  margin {scored.margins[place]:+.3f}  {visible(text.origin)}{category}")
         parts = {"prompt": text.messages[-1]["content"], "chosen": text.chosen, "rejected": text.rejected}
         lines += [f"      {name:8}  {_short(part)}" for name, part in parts.items()]
     return lines
+
+
+def _heading(shown: int, scored: Scored) -> list[str]:
+    if not scored.knows_nothing:
+        return [f"The {shown} most suspicious rows (lowest margin; all have their suspicion_rank):"]
+    agrees, (low, high) = (scored.margins > 0).mean(), scored.accuracy_interval
+    return [
+        f"The adapter agrees with {agrees:.0%} of these labels (95 % interval {low:.0%} to {high:.0%}), which is not above chance: it can know nothing about which of them are wrong.",
+        f"The {shown} rows with the lowest margin, which is no reason to suspect them:",
+    ]
 
 
 def _rounded(values: Logps) -> list[float]:

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from eval.statistics import bootstrap_mean, firth_logistic, length_controlled, wilson
+from eval.statistics import bootstrap_mean, firth_logistic, length_controlled
+from qlora_dpo.reference.intervals import wilson
 
 
 def logit(share: float) -> float:

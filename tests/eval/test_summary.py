@@ -10,8 +10,9 @@ import pytest
 from comparisons import answer, row, sample
 
 from eval.answers import Verdict, Winner
-from eval.statistics import bootstrap_mean, wilson
+from eval.statistics import bootstrap_mean
 from eval.summary import divergence, held_out, majority, summarize, table
+from qlora_dpo.reference.intervals import wilson
 
 SETTINGS = {"adapter": "runs/a"}
 

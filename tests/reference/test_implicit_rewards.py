@@ -45,6 +45,20 @@ def test_means_have_the_names_of_training_and_go_by_category() -> None:
     assert scored().by_category(["math"] * 4) == {}
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "ties", "knows"),
+    [(59, 41, 0, False), (61, 39, 0, True), (9, 0, 0, True), (3, 0, 0, False), (0, 0, 100, False), (20, 80, 0, False)],
+)
+def test_an_adapter_that_is_no_better_than_chance_knows_nothing(right: int, wrong: int, ties: int, knows: bool) -> None:
+    chosen = np.repeat([1.0, -1.0, 0.0], [right, wrong, ties])
+    sides = np.stack([chosen, np.zeros_like(chosen)], axis=1)
+    found = Scored(np.zeros_like(sides), sides, np.ones(sides.shape, np.int64), beta=0.1)
+    assert found.knows_nothing is not knows
+    low, high = found.accuracy_interval
+    assert low < (right + ties / 2) / len(chosen) <= high
+    assert not scored(policy=False).knows_nothing  # there is no adapter that could have learned from labels
+
+
 def test_without_a_policy_the_margin_is_of_log_probs_per_token() -> None:
     found = scored(policy=False)
     assert found.rewards is None and found.margin_of == "reference_logps_per_token"

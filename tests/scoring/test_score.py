@@ -115,8 +115,13 @@ def test_scores_are_those_of_plain_transformers_and_peft(
     assert np.argsort([row["suspicion_rank"] for row in rows]).tolist() == np.argsort(margins).tolist()
     summary = json.loads((tmp_path / "scores.summary.json").read_text())
     assert summary["pairs"] == 40 and summary["all"]["rewards/accuracies"] == pytest.approx((margins > 0).mean())
+    low, high = summary["accuracy_interval"]
+    assert low < 0.5 < high
     assert summary["flipped_labels"]["why_unknown"] == "there are 40 pairs, and it takes 100"
-    assert "The 10 most suspicious rows" in said and f"pairs.jsonl:{np.argmin(margins) + 1}\n" in said
+    assert (
+        "it can know nothing about which of them are wrong" in said and "most suspicious" not in said
+    )  # random weights
+    assert "The 10 rows with the lowest margin" in said and f"pairs.jsonl:{np.argmin(margins) + 1}\n" in said
 
 
 @pytest.mark.slow
