@@ -38,6 +38,8 @@ RENAMED = {
     "resume_from_checkpoint": "nothing: the same command again continues by itself; --fresh starts anew",
     "ref_model": "--reference_model",
     "dataset_name": "--dataset",
+    "init_lora_weights": "nothing: PiSSA, LoftQ and their like change the base's weights, and the base with the "
+    "adapter off is the reference, from which the first step must start; B starts at 0",
 }
 
 

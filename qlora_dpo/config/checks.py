@@ -202,8 +202,9 @@ def _impossible_dropout(lora: LoraOptions) -> list[str]:
 
 
 _POSITIVE = {
-    "lora_r", "lora_alpha", "max_length", "max_prompt_length", "max_train_samples", "max_eval_samples", "beta",
-    "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "lora_r", "lora_alpha", "loraplus_lr_ratio", "max_length", "max_prompt_length", "max_train_samples",
+    "max_eval_samples", "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "max_tokens_per_microbatch", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "max_new_tokens",
     "max_drift",
 }  # fmt: skip
@@ -232,7 +233,8 @@ def _ignored(config: TrainConfig) -> list[str]:
         ("num_train_epochs", training.max_steps > 0, "--max_steps is given"),
         ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
         *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
-          for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")),
+          for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
+                       "use_rslora", "use_dora")),
         *((name, data.objective == "sft", "--objective sft does not read it") for name in _OF_DPO),
         *((name, data.objective == "dpo", "--objective dpo does not read it") for name in _OF_SFT),
         *((name, data.objective == "dpo" and not config.has_reference, f"--loss_type {loss_type} has no reference")

@@ -55,6 +55,13 @@ class LoraOptions:
     """Rank."""
     lora_alpha: int = 64
     """Scale: the update is multiplied by lora_alpha / lora_r."""
+    use_rslora: bool = False
+    """Multiply by lora_alpha / sqrt(lora_r) instead (rsLoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the length of each layer's rows apart from their direction (DoRA, arXiv 2402.09353). It starts as the base,
+    too; PEFT's forward, which forms whole weights, costs time and memory."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of B (and of DoRA's lengths) over that of A (LoRA+, arXiv 2402.12354). The paper advises 16."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input. Above 0 the first-step identity (loss ln 2) cannot be checked."""
     lora_target_modules: Names = _ALL_LINEAR

@@ -36,9 +36,12 @@ HARMLESS_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16} 
 
 def add_adapter(
     base: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int,
-    target_parameters: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
+    target_parameters: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None, use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> Any:  # fmt: skip
     """Put a fresh LoRA adapter (B = 0, so the policy starts as the base) on the base; returns the PEFT model.
+
+    DoRA's lengths start as those of the base's rows, so that it starts as the base, too.
 
     Raises:
         UsageError: a target that the model does not have.
@@ -53,6 +56,8 @@ def add_adapter(
         exclude_modules=beside_text_pattern(base),
         target_parameters=list(target_parameters) or None,
         rank_pattern=dict(rank_pattern or {}),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -68,7 +73,21 @@ def add_adapter(
             f"--lora_target_modules {asked}: {error} This model's linear layers are {', '.join(known)}."
         ) from error
     experts.adapt_experts(model)
+    _unround_lengths(model)
     return model
+
+
+def _unround_lengths(model: nn.Module) -> None:
+    """Set DoRA's lengths anew: PEFT rounds them to the base's type, and the first step would not start as the base."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and POLICY in layer.lora_magnitude_vector:
+            length: Any = layer.lora_magnitude_vector[POLICY]
+            length.update_layer(
+                base_layer=layer.get_base_layer(), lora_A=layer.lora_A[POLICY].weight,
+                lora_B=layer.lora_B[POLICY].weight, scaling=layer.scaling[POLICY],
+            )  # fmt: skip
 
 
 def _targets(base: nn.Module, asked: Sequence[str]) -> str | list[str]:

@@ -20,10 +20,30 @@ def make_optimizer(
     Raises:
         UsageError: a bitsandbytes optimizer on a CPU.
     """
+    return _optimizer_class(name, device)(parameters, **settings)
+
+
+def make_loraplus_optimizer(
+    name: str, model: Any, device: torch.device, *, ratio: float, weight_decay: float, **settings: Any
+) -> torch.optim.Optimizer:
+    """The same with groups of their own for A and B: the learning rate of B is `ratio` times `lr`, as PEFT has it.
+
+    Raises:
+        UsageError: a bitsandbytes optimizer on a CPU.
+    """
+    from peft.optimizers import create_loraplus_optimizer
+
+    made: Any = _optimizer_class(name, device)
+    return create_loraplus_optimizer(
+        model, made, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **settings
+    )
+
+
+def _optimizer_class(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     name = optimizer_name(name, device.type)
     if name != "adamw_torch" and device.type == "cpu":
         raise UsageError(f"--optim {name} needs a GPU: on a CPU use adamw_torch (or auto, which picks it).")
-    return OPTIMIZERS[name](parameters, **settings)
+    return OPTIMIZERS[name]
 
 
 def optimizer_name(name: str, device_type: str) -> str:

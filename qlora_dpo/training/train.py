@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from qlora_dpo import __version__
 from qlora_dpo.config.training import TrainConfig, quantization_of
@@ -46,7 +47,7 @@ from qlora_dpo.training.linting import lint_training_data
 from qlora_dpo.training.loop import Training, fit
 from qlora_dpo.training.memory.device_memory import device_memory
 from qlora_dpo.training.memory.levels import levels_of_run
-from qlora_dpo.training.optimizers import make_optimizer, make_scheduler
+from qlora_dpo.training.optimizers import make_loraplus_optimizer, make_optimizer, make_scheduler
 from qlora_dpo.training.parallel.asked import pairs_of_a_step, refuse_unshardable
 from qlora_dpo.training.parallel.launching import joined
 from qlora_dpo.training.parallel.ranks import ALONE, Ranks
@@ -207,16 +208,7 @@ def prepare(
             processes=ranks.count, chat_template_date=pinned_date(tokenizer),
         )
     )  # fmt: skip
-    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(
-        "adamw_torch" if ranks.shards_adapter else options.optim,
-        parameters,
-        engine.device,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )
+    optimizer = optimizer_of(config, engine)
     prompts = list({tuple(data.pairs[index].prompt_ids): None for index in data.held_out})[:SAMPLE_PROMPTS]
     recorder = recorder_of(config, run, run_id) if ranks.is_main else Recorder(Path(os.devnull), [])
     samples = SamplePrinter(
@@ -243,6 +235,20 @@ def prepare(
         has_dropout=has_dropout(engine.model),
         memory=device_memory(engine.device),
     )
+
+
+def optimizer_of(config: TrainConfig, engine: Engine) -> Optimizer:
+    """The optimizer of everything that is trained."""
+    options, ratio = config.training, config.lora.loraplus_lr_ratio
+    name = "adamw_torch" if engine.ranks.shards_adapter else options.optim
+    settings: dict[str, Any] = {
+        "lr": options.learning_rate, "betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon,
+        "weight_decay": options.weight_decay,
+    }  # fmt: skip
+    if ratio != 1:
+        return make_loraplus_optimizer(name, engine.model, engine.device, ratio=ratio, **settings)
+    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    return make_optimizer(name, parameters, engine.device, **settings)
 
 
 def recorder_of(config: TrainConfig, run: RunFolder, run_id: str) -> Recorder:

@@ -117,13 +117,15 @@ def skeleton_of(config: TrainConfig, machine: Machine) -> Skeleton:
         check_cpu_quantizable(hub, model.trust_remote_code)
     r, targets, parameters = lora.lora_r, list(lora.lora_target_modules), list(lora.lora_target_parameters)
     rank_pattern: dict[str, int] = {}
+    use_dora = lora.use_dora
     if starts_from_adapter(config):
         adapter = check_adapter_folder(Path(str(model.reference_model)))
         r, targets = int(adapter["r"]), list_of_targets(adapter["target_modules"])
         parameters, rank_pattern = adapter.get("target_parameters") or [], adapter.get("rank_pattern") or {}
+        use_dora = bool(adapter.get("use_dora"))
     return build_skeleton(
         hub, quantization=quantization_of(model), r=r, target_modules=targets,
-        target_parameters=parameters, rank_pattern=rank_pattern,
+        target_parameters=parameters, rank_pattern=rank_pattern, use_dora=use_dora,
         dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
         trust_remote_code=model.trust_remote_code,
     )  # fmt: skip

@@ -48,12 +48,17 @@ def refuse_unshardable(config: TrainConfig, ranks: Ranks) -> None:
     """
     if ranks.is_zero3 and find_spec("deepspeed") is None:
         raise UsageError("the launcher's config asks for DeepSpeed, which is not installed: pip install deepspeed.")
-    model, options = config.model, config.training
+    model, options, lora = config.model, config.training, config.lora
     problems = (
         (model.load_in_8bit, "--load_in_8bit: bitsandbytes' 8-bit layers cannot be sharded; use 4 bit"),
         (
             ranks.shards_adapter and model.reference_model not in (None, model.model_name_or_path),
             "--reference_model: two adapters are switched by module, which sharding forbids; merge it into the base",
+        ),
+        (lora.use_dora, "--use_dora: it forms a layer's whole weight in PEFT's own forward; train without it"),
+        (
+            ranks.shards_adapter and lora.loraplus_lr_ratio != 1,
+            "--loraplus_lr_ratio: sharded moments are kept in one group; leave it at 1",
         ),
         (options.sample_generate, "--sample_generate: one process cannot generate alone; use `python -m eval compare`"),
         (
