@@ -63,7 +63,9 @@ def probe_texts(tokenizer: Any) -> list[str]:
     made = [tokenizer.decode(draw.choices(whole, k=_TOKENS_EACH)) for _ in range(_MADE)] if whole else []
     # llama.cpp leaves Unicode as it is, where some tokenizers bring it to its composed form.
     texts = [unicodedata.normalize("NFC", text) for text in (*_TEXTS, *made)]
-    return [text for text in texts if text.strip() and text[0] not in " ▁" and "\ufffd" not in text]
+    # It also counts only ASCII's spaces as spaces, which matters after a token that swallows them.
+    begins = [text for text in texts if text.strip() and (text[0].isascii() or not text[0].isspace())]
+    return [text for text in begins if text[0] not in " ▁" and "\ufffd" not in text]
 
 
 def byte_level_encoder(tokenizer: Any, pre: PreType) -> Encode:
