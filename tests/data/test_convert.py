@@ -250,3 +250,13 @@ def test_real_rows_come_back_the_same(shared_data: Path, out: Callable[[str], Pa
         converted(first, to, there)
         converted(there, "hh-rlhf", back)
         assert back.read_bytes() == first.read_bytes()
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+    """A gzip file says neither when nor under which hidden name it was written."""
+    source, one, two = (tmp_path / name for name in ("pairs.jsonl", "one.jsonl.gz", "two.jsonl.gz"))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows_as("messages", PAIRS)))
+    for output in (one, two):
+        converted(source, "messages", output)
+    assert one.read_bytes() == two.read_bytes()
+    assert one.read_bytes()[3] == 0  # no flag of the header: no name follows

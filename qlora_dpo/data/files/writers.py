@@ -124,9 +124,9 @@ def _refuse_unknown_keys(column: str, value: object, example: object) -> None:
 def _zipped(writer: Writer) -> Writer:
     @contextmanager
     def write(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
-        # No time in the header: the same rows are the same file.
+        # No time and no name in the header (the name would be the hidden one): the same rows are the same file.
         with (
-            gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) as zipped,
+            gzip.GzipFile("", fileobj=file, mode="wb", compresslevel=6, mtime=0) as zipped,
             writer(cast(IO[bytes], zipped), example) as add,
         ):
             yield add

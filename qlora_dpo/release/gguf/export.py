@@ -31,6 +31,7 @@ from qlora_dpo.release.staging import require_space, staged, sync_folder
 MODELFILE = "Modelfile"
 BLOCK = 32  # numbers of a row that q8_0 keeps together
 _PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_IS_REPORT = json_with("folder", "outtype")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -58,7 +59,8 @@ def write_gguf(options: GgufOptions) -> None:
         ModelError: the architecture or the tokenizer has no form in GGUF, or is an adapter.
     """
     limit = size_of(options.max_shard_size)
-    _refuse_output(options.output)
+    left = _left_by_a_kill(options.output)
+    _refuse_output(options.output, left)
     source = read_source(options)
     output = options.output
     require_space(output.parent, _bytes_needed(source.tensors, options.outtype), f"{output}")
@@ -67,8 +69,10 @@ def write_gguf(options: GgufOptions) -> None:
         _write(source, options.outtype, limit, folder / output.name)
         parts = sorted(part.name for part in folder.iterdir())
         (folder / MODELFILE).write_text(modelfile(source.tokenizer, parts[0]), encoding="utf-8")
-        (folder / GGUF_REPORT).write_text(_report(options), encoding="utf-8")
+        (folder / GGUF_REPORT).write_text(_report(options, parts), encoding="utf-8")
         sync_folder(folder)
+        for part in left:
+            part.unlink()
         for name in (MODELFILE, GGUF_REPORT, *reversed(parts)):  # the part that llama.cpp is given comes last
             (folder / name).rename(output.with_name(name))
     hidden.rmdir()
@@ -122,14 +126,30 @@ def size_of(text: str | None) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _refuse_output(output: Path) -> None:
+def _refuse_output(output: Path, left: Sequence[Path]) -> None:
     if output.suffix != ".gguf":
         raise UsageError(f"--output {output}: name a file that ends in .gguf.")
-    for part in [output, *output.parent.glob(f"{output.stem}-?????-of-?????.gguf")]:
+    for part in {output, *output.parent.glob(f"{output.stem}-?????-of-?????.gguf")} - set(left):
         check_output(part)
     # A kill may have left these two, which have their names before the first part has its own.
-    check_output(output.with_name(GGUF_REPORT), is_own=json_with("folder", "outtype"), option=None)
+    check_output(output.with_name(GGUF_REPORT), is_own=_IS_REPORT, option=None)
     check_output(output.with_name(MODELFILE), is_own=marked(f"FROM ./{output.stem}".encode()), option=None)
+
+
+def _left_by_a_kill(output: Path) -> list[Path]:
+    """Parts that a killed command had already named: its report lists them, and the first, which comes last, is absent.
+
+    They are this command's own, and are replaced.
+    """
+    report = output.with_name(GGUF_REPORT)
+    if report.is_symlink() or not report.is_file() or not _IS_REPORT(report):
+        return []
+    listed = json.loads(report.read_bytes()).get("parts")
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    own = re.compile(re.escape(output.stem) + r"-\d{5}-of-\d{5}\.gguf")
+    parts = [output.with_name(name) for name in names if own.fullmatch(name)]
+    there = [part for part in parts if part.is_file() and not part.is_symlink()]
+    return there if parts and parts[0] not in there else []
 
 
 def _kind(tensor: SourceTensor, outtype: str) -> Any:
@@ -153,14 +173,15 @@ def _bytes_needed(tensors: Sequence[SourceTensor], outtype: str) -> int:
     return sum(_nbytes(tensor, outtype) for tensor in tensors)
 
 
-def _report(options: GgufOptions) -> str:
-    """Where the file comes from: the folder, and the run that this one names."""
+def _report(options: GgufOptions, parts: Sequence[str]) -> str:
+    """Where the file comes from: the folder, and the run that this one names; and what was written."""
     try:
         merge = json.loads((options.folder / MERGE_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         merge = {}
     known = {name: merge[name] for name in ("run", "adapter", "base_model") if isinstance(merge.get(name), str)}
-    return json.dumps(known | {"folder": str(options.folder.absolute()), "outtype": options.outtype}, indent=2) + "\n"
+    own = {"folder": str(options.folder.absolute()), "outtype": options.outtype, "parts": parts}
+    return json.dumps(known | own, indent=2) + "\n"
 
 
 def _write(source: Source, outtype: str, limit: int, file: Path) -> None:
