@@ -90,7 +90,7 @@ def untrained(folder: Path) -> Path:
     """An adapter that changes nothing."""
     import torch
 
-    from qlora_dpo.demo.run import BASE
+    from qlora_dpo.demo.base_model import BASE
     from qlora_dpo.models.loading import load_base
     from qlora_dpo.models.lora import add_adapter, save_adapter
 

@@ -48,6 +48,7 @@ COMMANDS = {
         tuple(TRAIN_GROUPS.values()),
         "qlora_dpo.demo.run:run_training",
         lambda options: (train_config(options),),
+        defaults="qlora_dpo.demo.base_model:default_model",
     ),
     "plan": Command(
         "Say where each GB goes, how long it takes and what it costs, before anything is loaded.",

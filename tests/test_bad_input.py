@@ -93,8 +93,7 @@ def test_yaml_reads_the_environment_and_the_command_line_wins(tmp_path: Path, mo
     assert (options["beta"], options["lora_r"], options["loss_type"]) == (0.7, 4, ("sigmoid", "sft"))
 
 
-def test_dataset_without_model_and_model_without_dataset(capsys: pytest.CaptureFixture[str]) -> None:
-    check(main(["train", "--dataset", "x.jsonl"]), USAGE, capsys.readouterr().err, "--model_name_or_path")
+def test_a_model_without_a_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     check(main(["train", "--model_name_or_path", "x"]), USAGE, capsys.readouterr().err, "--dataset")
 
 

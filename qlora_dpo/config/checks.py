@@ -230,7 +230,6 @@ def _ignored(config: TrainConfig) -> list[str]:
         ("eval_split", data.eval_dataset is not None, "--eval_dataset is given"),
         ("eval_fraction", data.eval_dataset is not None, "--eval_dataset is given"),
         ("eval_fraction", data.eval_split is not None, "--eval_split is given"),
-        ("num_train_epochs", training.max_steps > 0, "--max_steps is given"),
         ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
         *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
           for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",

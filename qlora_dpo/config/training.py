@@ -24,7 +24,8 @@ class ModelOptions:
     """Model: the base, how it is quantized, and what it is compared with."""
 
     model_name_or_path: str | None = None
-    """Base model: a local folder or a Hub id. Without it and without --dataset the embedded demo runs."""
+    """Base model: a local folder or a Hub id. Where it is not given `train` takes that of the environment's MODEL_PATH,
+    else the embedded base; where --dataset is not given either, the embedded demo runs."""
     model_revision: str | None = None
     """Commit, tag or branch of a Hub model."""
     reference_model: str | None = None

@@ -17,6 +17,7 @@ import torch
 
 from qlora_dpo.config.training import TrainConfig, TrainingOptions, quantization_of
 from qlora_dpo.data.tokenization import PairTokenizer
+from qlora_dpo.demo.base_model import BASE
 from qlora_dpo.demo.world import Question, held_out_questions, is_explained, states_fact, training_questions
 from qlora_dpo.errors import UsageError
 from qlora_dpo.models.generation import generate
@@ -29,7 +30,6 @@ from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.train import Trained, open_run, train, train_in
 from qlora_dpo.training.trained_on import load_trained
 
-BASE = Path(__file__).parent / "base"
 RESULT = "before_after.json"
 SHOWN = 8
 
@@ -76,11 +76,11 @@ def run_demo(config: TrainConfig) -> Trained | None:
         raise UsageError("the embedded demo runs in one process: start it without a launcher, or name your own data.")
     config, trained = demo_config(config), None
     with open_run(config) as run:
-        if not run.is_finished:
+        if not run.has_nothing_to_do:
             print("The embedded demo: a tiny base model, quantized to 4 bit, learns from preference pairs to explain")
             print("its answers. Your own model and pairs: ./run_dpo_training.sh --model_name_or_path M --dataset D\n")
             make_pairs(config)
-        if not (run.path / RESULT).is_file():
+        if not (run.has_nothing_to_do and (run.path / RESULT).is_file()):
             trained = train_in(run, config, choose_device(config.model.use_cpu)) or load_again(run, config)
             record(run, ask(trained, config))
         print_result(run, json.loads((run.path / RESULT).read_text(encoding="utf-8")))

@@ -143,7 +143,8 @@ def _heading(shown: int, scored: Scored) -> list[str]:
         return [f"The {shown} most suspicious rows (lowest margin; all have their suspicion_rank):"]
     agrees, (low, high) = (scored.margins > 0).mean(), scored.accuracy_interval
     return [
-        f"The adapter agrees with {agrees:.0%} of these labels (95 % interval {low:.0%} to {high:.0%}), which is not above chance: it can know nothing about which of them are wrong.",
+        f"The adapter agrees with {agrees:.0%} of these labels (95 % interval {low:.0%} to {high:.0%}), which is not "
+        "above chance: it can know nothing about which of them are wrong.",
         f"The {shown} rows with the lowest margin, which is no reason to suspect them:",
     ]
 

@@ -11,7 +11,8 @@ import pytest
 from qlora_dpo.cli import main
 from qlora_dpo.config.training import TrainingOptions
 from qlora_dpo.data.tokenization import PairTokenizer
-from qlora_dpo.demo.run import BASE, answer
+from qlora_dpo.demo.base_model import BASE
+from qlora_dpo.demo.run import answer
 from qlora_dpo.demo.world import Question, held_out_questions, is_explained, states_fact, training_questions
 from qlora_dpo.training.records.tracking import read_metrics
 from qlora_dpo.training.trained_on import load_trained

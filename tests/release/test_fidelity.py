@@ -15,7 +15,7 @@ import torch
 from tiny import tiny_model, with_lora
 
 from qlora_dpo.cli import main
-from qlora_dpo.demo.run import BASE
+from qlora_dpo.demo.base_model import BASE
 from qlora_dpo.demo.world import Question, held_out_questions, training_questions
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.lora import save_adapter

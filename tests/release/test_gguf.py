@@ -14,7 +14,7 @@ from tiny import tiny_tokenizer
 
 from qlora_dpo.cli import main
 from qlora_dpo.data.templates import PROMPT_TEMPLATES
-from qlora_dpo.demo.run import BASE
+from qlora_dpo.demo.base_model import BASE
 from qlora_dpo.release.gguf.modelfile import NotConcatenated, fixed_text, modelfile
 
 

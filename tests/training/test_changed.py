@@ -140,35 +140,56 @@ def test_what_checkpoints_are_made_of_cannot_be_allowed(tmp_path: Path) -> None:
     assert "let it go on" not in str(refused.value)
 
 
-FINISHED = OPTIONS | {"max_steps": 4, "num_train_epochs": 1.0}
+BY_STEPS = OPTIONS | {"max_steps": 4, "num_train_epochs": 1.0}
+BY_EPOCHS = BY_STEPS | {"max_steps": -1}
 
 
-def finished(folder: Path) -> None:
-    begun(folder, FINISHED).update_status(status="finished")
+def finished(folder: Path, options: dict[str, Any]) -> None:
+    begun(folder, options).update_status(status="finished")
 
 
-@pytest.mark.parametrize("more", [{"max_steps": 6}, {"num_train_epochs": 2.0}, {"max_steps": -1}])
-def test_a_finished_run_offers_to_go_on_with_more_steps_and_does(more: dict[str, Any], tmp_path: Path) -> None:
-    finished(tmp_path)
+@pytest.mark.parametrize(
+    ("was", "more"),
+    [
+        (BY_STEPS, {"max_steps": 6}),
+        (BY_STEPS, {"max_steps": -1}),
+        (BY_EPOCHS, {"num_train_epochs": 2.0}),
+        (BY_EPOCHS, {"max_steps": 6}),
+    ],
+)
+def test_a_finished_run_offers_to_go_on_with_more_steps_and_does(
+    was: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    finished(tmp_path, was)
     (name,) = more
     with pytest.raises(UsageError, match=f"let it go on with the change: --allow_changed {name}"):
-        open_run_folder(tmp_path, FINISHED | more, fresh=False)
-    run = open_run_folder(tmp_path, FINISHED | more, fresh=False, allow_changed=[name])
+        open_run_folder(tmp_path, was | more, fresh=False)
+    run = open_run_folder(tmp_path, was | more, fresh=False, allow_changed=[name])
     assert not run.has_nothing_to_do
     run.refuse_fewer_steps(5)
     with pytest.raises(UsageError, match="has finished its 4 steps, and these options ask for 4: nothing is left"):
         run.refuse_fewer_steps(4)
 
 
-@pytest.mark.parametrize("other", [{"max_steps": 3}, {"num_train_epochs": 0.5}, {"learning_rate": 0.25}])
-def test_a_finished_run_offers_nothing_that_leaves_it_nothing_to_do(other: dict[str, Any], tmp_path: Path) -> None:
-    finished(tmp_path)
+@pytest.mark.parametrize(
+    ("was", "other"),
+    [(BY_STEPS, {"max_steps": 3}), (BY_EPOCHS, {"num_train_epochs": 0.5}), (BY_STEPS, {"learning_rate": 0.25})],
+)
+def test_a_finished_run_offers_nothing_that_leaves_it_nothing_to_do(
+    was: dict[str, Any], other: dict[str, Any], tmp_path: Path
+) -> None:
+    finished(tmp_path, was)
     (name,) = other
     for allowed in ([], [name]):
         with pytest.raises(UsageError, match=f"  {name}: was .*\nNothing is left to train with that") as refused:
-            open_run_folder(tmp_path, FINISHED | other, fresh=False, allow_changed=allowed)
+            open_run_folder(tmp_path, was | other, fresh=False, allow_changed=allowed)
         assert "--allow_changed" not in str(refused.value)
-    assert open_run_folder(tmp_path, FINISHED, fresh=False).has_nothing_to_do
+    assert open_run_folder(tmp_path, was, fresh=False).has_nothing_to_do
+
+
+def test_epochs_may_differ_where_steps_are_given(tmp_path: Path) -> None:
+    finished(tmp_path, BY_STEPS)
+    assert open_run_folder(tmp_path, BY_STEPS | {"num_train_epochs": 2.0}, fresh=False).has_nothing_to_do
 
 
 def test_option_that_an_older_version_did_not_have_had_its_default(tmp_path: Path) -> None:

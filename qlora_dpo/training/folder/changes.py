@@ -63,10 +63,11 @@ def options_hash(options: Mapping[str, Any]) -> str:
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The options that differ, by name; one that a config.yaml does not know had its default."""
     default = TrainConfig().flat()
+    unread = {"num_train_epochs"} if all(options.get("max_steps", -1) > 0 for options in (before, now)) else set[str]()
     changes = [
         Change(name, before.get(name, default.get(name)), now.get(name, default.get(name)))
         for name in sorted(before.keys() | now.keys())
-        if name not in FREE
+        if name not in FREE | unread
     ]
     return [change for change in changes if change.was != change.now]
 
