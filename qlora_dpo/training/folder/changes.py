@@ -77,6 +77,8 @@ def changed_content(
 ) -> list[Change]:
     """Where the same options stand for something else now, or allowed changes have made it so."""
     explained = {change.name for change in options} & set(allowed)
+    # Fingerprints of two forms, such as those that older versions noted, say nothing about each other.
+    before = {name: value for name, value in before.items() if len(value) == len(now.get(name, ""))}
     changes = []
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and not explained & CONTENT[name]:

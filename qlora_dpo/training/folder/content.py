@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def weights_fingerprint(folder: Path) -> str:
     Raises:
         StorageError: a file cannot be read, or there is none.
     """
-    return combined(hashes(weight_files(folder)))
+    gguf = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.gguf"))
+    # Longer than what older runs noted, which was of samples of the weights and cannot be compared with it.
+    return hashlib.sha384(combined(hashes(gguf or weight_files(folder))).encode()).hexdigest()
 
 
 def refuse_reference_of_other_base(model: ModelOptions) -> None:
