@@ -44,10 +44,12 @@ def saved_messages(field: str, text: str) -> Any | None:
     Raises:
         RowError: when it begins as a list of messages and cannot be read.
     """
-    if not (_MAY_BE_MESSAGES.match(text) and _SPEAKER.search(text) and _SAID.search(text)):
+    surely = _SURELY_MESSAGES.match(text)
+    is_cut = surely and "]" not in text  # before anything is said, maybe
+    if not is_cut and not (_MAY_BE_MESSAGES.match(text) and _SPEAKER.search(text) and _SAID.search(text)):
         return None
     value = parsed_text(text)
-    if value is None and _SURELY_MESSAGES.match(text):
+    if value is None and surely:
         raise RowError(field, NO_MESSAGES)
     messages = value if isinstance(value, list) else [value]
     return value if messages and all(_is_message(message) for message in messages) else None

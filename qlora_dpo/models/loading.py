@@ -19,10 +19,9 @@ from qlora_dpo.models.comes_quantized import (
 )
 from qlora_dpo.models.loading_report import loading_reports, refuse_other_weights, say_ignored
 from qlora_dpo.models.text_model import beside_text, refuse_other_than_text
-from qlora_dpo.models.weight_files import model_folder
+from qlora_dpo.models.weight_files import model_folder, weight_files
 
 CPU_BLOCK = 64  # bitsandbytes quantizes runs of 64 weights; its CPU kernel needs whole runs in every row
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # run code when they are loaded; only safetensors are
 
 
 def choose_device(use_cpu: bool) -> torch.device:
@@ -261,10 +260,8 @@ def _check_local_folder(name: str) -> None:
 
 def check_local_weights(name: str) -> None:
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        found = f" ({others[0]} is a pickle, which is not loaded: it can run code)" if others else ""
-        raise StorageError(f"{name}: the folder holds no *.safetensors weights{found}. Download or convert them.")
+    if folder.is_dir():
+        weight_files(folder)
 
 
 def _loading_error(what: str, name: str, revision: str | None, error: Exception) -> QloraDpoError:

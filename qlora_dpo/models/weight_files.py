@@ -7,6 +7,8 @@ from pathlib import Path
 
 from qlora_dpo.errors import StorageError
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # run code when they are loaded; only safetensors are
+
 
 def model_folder(name: str, commit: str | None) -> Path:
     """The folder of a model, for one on the Hub its snapshot in the cache.
@@ -46,7 +48,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise StorageError(f"{folder} holds no *.safetensors weights. Download or convert them.")
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        found = f" ({others[0]} is a pickle, which is not loaded: it can run code)" if others else ""
+        raise StorageError(f"{folder} holds no *.safetensors weights{found}. Download or convert them.")
     return files
 
 

@@ -79,7 +79,7 @@ def test_reward_model_gives_its_own_scores(give: Any, tmp_path: Path) -> None:
     rows = [row(number, f"w{number + 20} w9", f"w{number + 60}") for number in range(5)]
     found = give(rows, reward_model=str(tmp_path / "reward"))
     for number, one in enumerate(rows):
-        texts = [f"<s> {one.prompt} {side.text} </s>" for side in (one.before, one.after)]
+        texts = [f"<s> {one.prompt} w5 {side.text} </s>" for side in (one.before, one.after)]
         ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
         with torch.no_grad():
             expected = [model.eval()(**batch).logits[0, 0].item() for batch in ids]

@@ -33,8 +33,9 @@ def test_head_of_another_form_is_found_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_scorer(with_lora(tiny_model()), random_pairs(RAGGED)[0], CPU).head is None
 
 
-@pytest.mark.parametrize(("noise", "kind"), [(0.0, "padded"), (1.0, "shared")])
+@pytest.mark.parametrize(("noise", "kind"), [(-1.0, "padded"), (1.0, "shared")])
 def test_a_model_that_rounds_more_is_allowed_more(monkeypatch: pytest.MonkeyPatch, noise: float, kind: str) -> None:
+    # Below 0, because on some processors the two ways agree to the last bit.
     monkeypatch.setitem(scoring.TOLERANCE, torch.float32, -1.0)
     monkeypatch.setattr(scoring, "_own_noise", lambda *_: noise)
     assert choose_scorer(with_lora(tiny_model()), random_pairs(RAGGED)[0], CPU).kind == kind

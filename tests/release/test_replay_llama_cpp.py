@@ -20,6 +20,6 @@ def crash(*_: Any) -> None:
 
 def test_a_crash_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay_llama_cpp, "replay", crash)
-    expected = Expected(None, [Answer((1,), (2,), "", True)], 2, 8, 4)
+    expected = Expected(None, [Answer((1,), (2,), "", True)], 2, 8, 4, 0.0, 0.0)
     with pytest.raises(ModelError, match=r"llama\.cpp crashed"):
         replay_llama_cpp.llama_cpp_answers(Path("model.gguf"), [[]], expected)

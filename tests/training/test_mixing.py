@@ -115,8 +115,9 @@ def test_most_held_out_pairs_are_of_all_sources(mixture: Path) -> None:
 
 def test_train_takes_the_rows_that_data_mix_writes(mixture: Path, tmp_path: Path) -> None:
     for epoch in (0, 3):
-        mix(MixOptions(file=mixture, output=tmp_path / "out.jsonl", seed=7, epoch=epoch))
-        written = [json.loads(line)["origin"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        output = tmp_path / f"epoch-{epoch}.jsonl"
+        mix(MixOptions(file=mixture, output=output, seed=7, epoch=epoch))
+        written = [json.loads(line)["origin"] for line in output.read_text().splitlines()]
         data = load(mixture, eval_fraction=0.0)
         assert written == [data.pairs[place].origin for place in data.epoch(epoch)]
 
