@@ -207,6 +207,15 @@ def test_a_number_beyond_float16_is_refused(llama: Path, tmp_path: Path, capsys:
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
+def test_weights_that_transformers_does_not_read_stay_out(llama: Path, tmp_path: Path) -> None:
+    """Mistral's own layout lies beside transformers' in its folders."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(llama, tmp_path / "both")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, folder / "consolidated.safetensors")
+    write(folder, tmp_path / "model.gguf")
+
+
 def test_a_full_disk_is_said_before_anything_is_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from qlora_dpo.errors import ModelError
+from qlora_dpo.models.weight_files import weight_files
 from qlora_dpo.release.gguf.families import Architecture, rope_of
 
 LARGEST_FLOAT16 = 65504.0
@@ -99,7 +100,7 @@ def source_tensors(config: Any, architecture: Architecture, folder: Path) -> Ite
     found = set()
     for made, values in _rope_tensors(config).items():
         yield SourceTensor(made, values.shape, None, "rope_parameters", made=values)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as opened:
             for source in opened.keys():
                 plain = source.replace("language_model.", "")
