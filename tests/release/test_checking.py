@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gguf_models import byte_level
 from openai_server import OpenAIServer
-from test_gguf import byte_level
 from tiny import tiny_model, tiny_tokenizer
 
 from qlora_dpo.cli import main

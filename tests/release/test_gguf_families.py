@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -186,3 +187,16 @@ def test_a_name_makes_control_tokens_swallow_spaces_where_they_do() -> None:
         "phi3",
     ]
     assert [_name(name, swallows=False) for name in ("mine", "my-Phi-3-like")] == ["mine", "my-phi_3-like"]
+
+
+def test_transformers_is_not_asked_for_what_it_reads_otherwise(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "llama_cpp" else own(name, *more)
+    )
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert main(["release", "check", str(folders["qwen3"]), "--gguf", str(file)]) == 2
+    assert "Install llama-cpp-python" in capsys.readouterr().err

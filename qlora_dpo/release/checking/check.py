@@ -36,6 +36,8 @@ from qlora_dpo.training.folder.content import weights_fingerprint
 from qlora_dpo.training.folder.run_folder import write_atomically
 from qlora_dpo.training.trained_on import BASE_HELD
 
+_READ_BACK = ("LlamaForCausalLM", "Qwen2ForCausalLM")  # architectures whose GGUF transformers reads as it was written
+
 
 class NotTheTrainedModel(QloraDpoError):
     """What was exported does not do what was trained."""
@@ -135,6 +137,20 @@ def _refuse(options: CheckOptions) -> None:
     refuse_missing(options.folder)
     if options.gguf is not None and not options.gguf.is_file():
         raise StorageError(f"--gguf {options.gguf}: there is no such file. Write it with `release gguf`.")
+    if options.gguf is not None and not importlib.util.find_spec("llama_cpp"):
+        _refuse_read_back(options.gguf, options.folder)
+
+
+def _refuse_read_back(gguf: Path, folder: Path) -> None:
+    """transformers reads back the head sizes and rotary scalings of few families: it would accuse a faithful file."""
+    config = folder / "config.json"
+    names = (json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None) or []
+    other = [name for name in names if name not in _READ_BACK]
+    if other:
+        raise UsageError(
+            f"--gguf {gguf} is of a {other[0]}, of which transformers does not read all that the file says. Install "
+            "llama-cpp-python: it is replayed by llama.cpp then."
+        )
 
 
 def _adapter_of(folder: Path) -> Path:
