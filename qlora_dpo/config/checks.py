@@ -233,7 +233,7 @@ def _ignored(config: TrainConfig) -> list[str]:
         ("warmup_ratio", training.lr_scheduler_type == "constant", "--lr_scheduler_type constant has no warmup"),
         *((name, model.reference_model not in (None, model.model_name_or_path), "--reference_model brings its adapter")
           for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
-                       "use_rslora", "use_dora")),
+                       "use_rslora", "use_dora", "modules_to_save")),
         *((name, data.objective == "sft", "--objective sft does not read it") for name in _OF_DPO),
         *((name, data.objective == "dpo", "--objective dpo does not read it") for name in _OF_SFT),
         *((name, data.objective == "dpo" and not config.has_reference, f"--loss_type {loss_type} has no reference")

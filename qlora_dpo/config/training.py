@@ -61,6 +61,9 @@ class LoraOptions:
     use_dora: bool = False
     """Train the length of each layer's rows apart from their direction (DoRA, arXiv 2402.09353). It starts as the base,
     too; PEFT's forward, which forms whole weights, costs time and memory."""
+    modules_to_save: Names = _NO_NAMES
+    """Modules that are trained whole beside the adapter, held in fp32: embed_tokens, lm_head, norms; none that is
+    quantized."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of B (and of DoRA's lengths) over that of A (LoRA+, arXiv 2402.12354). The paper advises 16."""
     lora_dropout: float = 0.0

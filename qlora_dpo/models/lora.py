@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models import experts
+from qlora_dpo.models.saved_modules import refuse_unsavable, train_in_float32
 from qlora_dpo.models.text_model import beside_text_pattern
 
 POLICY, REFERENCE = "default", "reference"
@@ -37,11 +38,12 @@ HARMLESS_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16} 
 def add_adapter(
     base: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int,
     target_parameters: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None, use_rslora: bool = False,
-    use_dora: bool = False,
+    use_dora: bool = False, modules_to_save: Sequence[str] = (),
 ) -> Any:  # fmt: skip
     """Put a fresh LoRA adapter (B = 0, so the policy starts as the base) on the base; returns the PEFT model.
 
-    DoRA's lengths start as those of the base's rows, so that it starts as the base, too.
+    DoRA's lengths start as those of the base's rows, and `modules_to_save` as copies, so that these start as the base,
+    too.
 
     Raises:
         UsageError: a target that the model does not have.
@@ -58,9 +60,11 @@ def add_adapter(
         rank_pattern=dict(rank_pattern or {}),
         use_rslora=use_rslora,
         use_dora=use_dora,
+        modules_to_save=list(modules_to_save) or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
+    refuse_unsavable(base, modules_to_save)
     torch.manual_seed(seed)
     try:
         with experts.shown_plain(base):
@@ -74,6 +78,7 @@ def add_adapter(
         ) from error
     experts.adapt_experts(model)
     _unround_lengths(model)
+    train_in_float32(model, POLICY)
     return model
 
 
@@ -313,8 +318,12 @@ def reference_active(model: Any) -> Iterator[None]:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The policy adapter's weights, in the model's order."""
-    return [parameter for name, parameter in model.named_parameters() if "lora_" in name and f".{POLICY}." in name]
+    """The policy adapter's weights and the modules that are trained with it, in the model's order."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if ("lora_" in name or ".modules_to_save." in name) and f".{POLICY}." in name
+    ]
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -33,16 +33,16 @@ class Head:
         """Log-probs [N] in fp32 of `target_ids` [N] given the hidden states [N, H] that predict them, and on request
         log(sum_v p_v^2) [N] of the same positions."""
         if with_squares:
-            return chunked_logps_and_squares(hidden, self._weight, target_ids, **self._form)
-        return chunked_logps(hidden, self._weight, target_ids, **self._form), None
+            return chunked_logps_and_squares(hidden, self._weight(hidden), target_ids, **self._form)
+        return chunked_logps(hidden, self._weight(hidden), target_ids, **self._form), None
 
     def logps_and_hits(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The log-probs [N], and whether no token is likelier than the target."""
-        return chunked_logps_and_hits(hidden, self._weight, target_ids, **self._form)
+        return chunked_logps_and_hits(hidden, self._weight(hidden), target_ids, **self._form)
 
-    @property
-    def _weight(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+    def _weight(self, hidden: Tensor) -> Tensor:
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.to(hidden.dtype) if weight.requires_grad else weight  # a trained head is held in fp32
 
     @property
     def _form(self) -> dict[str, Any]:

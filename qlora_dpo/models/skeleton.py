@@ -64,6 +64,7 @@ def build_skeleton(
     target_parameters: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Skeleton:
     """Build the policy of a transformers config without weights.
@@ -85,7 +86,7 @@ def build_skeleton(
         warnings.simplefilter("ignore")  # the real adapter says it too
         policy = add_adapter(
             base, r=r, alpha=r, dropout=0.0, target_modules=target_modules, target_parameters=target_parameters,
-            rank_pattern=rank_pattern, use_dora=use_dora, seed=0,
+            rank_pattern=rank_pattern, use_dora=use_dora, modules_to_save=modules_to_save, seed=0,
         )  # fmt: skip
     fuse_lora(policy)
     make_lean(policy)

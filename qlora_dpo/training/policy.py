@@ -60,6 +60,7 @@ def load_policy(config: TrainConfig, device: torch.device) -> Any:
             base, r=lora.lora_r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
             target_modules=lora.lora_target_modules, target_parameters=lora.lora_target_parameters,
             seed=config.training.seed, use_rslora=lora.use_rslora, use_dora=lora.use_dora,
+            modules_to_save=lora.modules_to_save,
         )  # fmt: skip
     else:
         folder = Path(str(config.model.reference_model))

@@ -24,6 +24,7 @@ from qlora_dpo.training.records.tracking import read_metrics
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 CPU = torch.device("cpu")
+WHOLE = ("--modules_to_save", "embed_tokens", "lm_head")
 
 
 @pytest.fixture
@@ -37,17 +38,17 @@ def train(model_folder: Path, pairs_file: Path) -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", ["--use_rslora", "--use_dora"])
+@pytest.mark.parametrize("variant", [("--use_rslora",), ("--use_dora",), WHOLE], ids=str)
 def test_a_variant_starts_as_the_base_and_trains(
-    train: Callable[..., int], tmp_path: Path, variant: str, dtype: str
+    train: Callable[..., int], tmp_path: Path, variant: tuple[str, ...], dtype: str
 ) -> None:
-    assert train(tmp_path / "run", variant, "--dtype", dtype) == 0
+    assert train(tmp_path / "run", *variant, "--dtype", dtype) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["rewards/margins"] != 0
-    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())[variant.removeprefix("--")]
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())[variant[0].removeprefix("--")]
 
 
-@pytest.mark.parametrize("options", [("--use_rslora",), ("--use_dora",), ("--use_dora", "--loraplus_lr_ratio", "8")])
+@pytest.mark.parametrize("options", [("--use_rslora",), ("--use_dora", "--loraplus_lr_ratio", "8"), WHOLE])
 def test_a_merge_is_that_of_peft(
     train: Callable[..., int], model_folder: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -83,7 +84,7 @@ def stopped_and_continued(train: Callable[..., int], out: Path, monkeypatch: Any
     assert train(out, *options) == 0
 
 
-@pytest.mark.parametrize("options", [("--use_dora", "--loraplus_lr_ratio", "8")], ids=str)
+@pytest.mark.parametrize("options", [("--use_dora", "--loraplus_lr_ratio", "8"), WHOLE], ids=str)
 def test_a_continued_run_is_the_unbroken_one(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
@@ -91,7 +92,7 @@ def test_a_continued_run_is_the_unbroken_one(
     stopped_and_continued(train, tmp_path / "broken", monkeypatch, *options, "--dtype", "float32")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert any("magnitude" in name for name in one)
+    assert any("magnitude" in name or "embed_tokens" in name for name in one)
 
 
 def test_the_fused_forward_knows_the_scale_of_rslora_and_leaves_dora_to_peft() -> None:
@@ -130,6 +131,20 @@ def test_a_plan_counts_doras_lengths(quantization: dict[str, Any] | None) -> Non
     assert skeleton.adapter_parameters == sum(parameter.numel() for parameter in real)
     plain = build_skeleton(tiny_config(), quantization=None, dtype=torch.float32, **(asked | {"use_dora": False}))
     assert skeleton.adapter_parameters - plain.adapter_parameters == 2 * (64 + 128)
+
+
+def test_a_plan_counts_whole_modules_in_fp32() -> None:
+    asked: dict[str, Any] = {"r": 8, "target_modules": ["q_proj"], "quantization": NF4, "dtype": torch.bfloat16}
+    plain, whole = (build_skeleton(tiny_config(), **asked, modules_to_save=names) for names in ((), WHOLE[1:]))
+    assert whole.adapter_bytes - plain.adapter_bytes == 2 * 128 * 64 * 4
+
+
+@pytest.mark.parametrize(("name", "message"), [("q_proj", "it is quantized"), ("embeds", "has no such module")])
+def test_modules_that_cannot_be_trained_are_refused(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    assert train(tmp_path / "run", "--modules_to_save", name) == 2
+    assert f"--modules_to_save {name}" in (said := capsys.readouterr().err) and message in said
 
 
 def test_initializations_that_change_the_base_are_refused(

@@ -25,7 +25,7 @@ FREE = ONE_TIME | {
     "lint", "reference_store", "max_drift",
 }  # fmt: skip
 # Options that checkpoints are made of: nothing could go on from one with other values.
-FIXED = {"lora_r", "lora_target_modules", "use_dora", "loraplus_lr_ratio", "optim"}
+FIXED = {"lora_r", "lora_target_modules", "use_dora", "modules_to_save", "loraplus_lr_ratio", "optim"}
 # Options that give a finished run steps to do.
 LENGTHENING = {"max_steps", "num_train_epochs"}
 # For each option whose content is compared, the options that decide about that content.

@@ -117,15 +117,15 @@ def skeleton_of(config: TrainConfig, machine: Machine) -> Skeleton:
         check_cpu_quantizable(hub, model.trust_remote_code)
     r, targets, parameters = lora.lora_r, list(lora.lora_target_modules), list(lora.lora_target_parameters)
     rank_pattern: dict[str, int] = {}
-    use_dora = lora.use_dora
+    use_dora, whole = lora.use_dora, list(lora.modules_to_save)
     if starts_from_adapter(config):
         adapter = check_adapter_folder(Path(str(model.reference_model)))
         r, targets = int(adapter["r"]), list_of_targets(adapter["target_modules"])
         parameters, rank_pattern = adapter.get("target_parameters") or [], adapter.get("rank_pattern") or {}
-        use_dora = bool(adapter.get("use_dora"))
+        use_dora, whole = bool(adapter.get("use_dora")), adapter.get("modules_to_save") or []
     return build_skeleton(
         hub, quantization=quantization_of(model), r=r, target_modules=targets,
-        target_parameters=parameters, rank_pattern=rank_pattern, use_dora=use_dora,
+        target_parameters=parameters, rank_pattern=rank_pattern, use_dora=use_dora, modules_to_save=whole,
         dtype=torch.float32 if model.dtype == "float32" else torch.bfloat16,
         trust_remote_code=model.trust_remote_code,
     )  # fmt: skip

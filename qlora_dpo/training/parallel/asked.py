@@ -55,6 +55,7 @@ def refuse_unshardable(config: TrainConfig, ranks: Ranks) -> None:
             ranks.shards_adapter and model.reference_model not in (None, model.model_name_or_path),
             "--reference_model: two adapters are switched by module, which sharding forbids; merge it into the base",
         ),
+        (bool(lora.modules_to_save), "--modules_to_save: whole modules are not sharded as an adapter is; leave it out"),
         (lora.use_dora, "--use_dora: it forms a layer's whole weight in PEFT's own forward; train without it"),
         (
             ranks.shards_adapter and lora.loraplus_lr_ratio != 1,
