@@ -81,7 +81,7 @@ def fill_config(
     if not served.verify:
         refuse_ignored(served, "--verify 0 compares nothing", "max_drift")
     for name in ("verify", "max_drift"):
-        if getattr(served, name) < 0:
+        if (getattr(served, name) or 0) < 0:
             raise UsageError(f"--{name} {getattr(served, name)}: must be at least 0.")
     return config, own, server, served, ray_options(options)
 

@@ -47,8 +47,9 @@ class ServedOptions:
     verify: int = 32
     """Pairs that are also computed here, with --model_name_or_path as it would be trained, before any is kept. 0 for a
     machine that has only the tokenizer: then nothing is checked."""
-    max_drift: float = 0.02
-    """Mean difference per token, in nats, between server and trainer above which nothing is kept."""
+    max_drift: float | None = None
+    """Mean difference per token, in nats, between server and trainer above which nothing is kept. Default: rounding of
+    bfloat16, 0.05, or three times the model's own rounding where that is more."""
 
 
 @dataclass(frozen=True)

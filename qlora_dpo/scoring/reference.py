@@ -26,7 +26,7 @@ from qlora_dpo.reference.commands import store_files
 from qlora_dpo.reference.drift import refuse_drift
 from qlora_dpo.reference.fill import LocalWay, Shard, Way, fill
 from qlora_dpo.reference.local import Score, reference_score
-from qlora_dpo.reference.store import Logps, ModelIdentity, ReferenceStore
+from qlora_dpo.reference.store import ModelIdentity, ReferenceStore
 from qlora_dpo.reference.stored import StoredReference
 from qlora_dpo.scoring.ray_cluster import on_a_worker, ray_workers
 from qlora_dpo.scoring.ray_workers import RayWay
@@ -206,12 +206,12 @@ def served_by(
     """With servers; this machine loads the model only to compare a sample. Without texts, none is asked for more than
     token ids."""
 
-    def recompute(places: Sequence[int]) -> list[Logps]:
+    def load() -> Recomputed:
         device = choose_device(config.model.use_cpu)
         loaded = load_reference(config, pairs, device)
-        return Recomputed(loaded.score, pairs, loaded.scorer, device)(places)
+        return Recomputed(loaded.score, pairs, loaded.scorer, device)
 
-    return served_way(server, served, pairs, texts, load_training_tokenizer(config), recompute, beta=config.loss.beta)
+    return served_way(server, served, pairs, texts, load_training_tokenizer(config), load, beta=config.loss.beta)
 
 
 def measured_budget(

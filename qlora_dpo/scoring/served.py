@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from qlora_dpo.config.labeling import EndpointOptions
@@ -14,6 +15,7 @@ from qlora_dpo.config.reference import ServedOptions
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow
 from qlora_dpo.endpoint import Endpoint
 from qlora_dpo.errors import DataError
+from qlora_dpo.models.scoring import TOLERANCE
 from qlora_dpo.redaction import redacted
 from qlora_dpo.reference.drift import drift_between, refuse_drift
 from qlora_dpo.reference.endpoint_logps import EndpointLogps
@@ -21,18 +23,19 @@ from qlora_dpo.reference.fill import Keep, Way, keys_of
 from qlora_dpo.reference.identity import identity_of
 from qlora_dpo.reference.served_tokens import LogpsRequest
 from qlora_dpo.reference.store import Logps, ModelRows, completion_key
+from qlora_dpo.training.referencing import Recomputed, own_rounding
 
 MOST_REFUSED = 20  # rows, before the command ends without asking for the others
-SAME_SERVER = 0.05  # nats per token between two answers of one model in bfloat16
+ROUNDING = TOLERANCE[torch.bfloat16]  # nats per token between two ways to compute one model, as servers hold it
 
 Texts = Iterable[PreferencePair | RefusedRow]
-Recompute = Callable[[Sequence[int]], list[Logps]]
-"""Loads the model of the trainer; gives the log-probs of both completions of the pairs at these places."""
+Load = Callable[[], Recomputed]
+"""Loads the model of the trainer."""
 
 
 def served_way(
     server: EndpointOptions, served: ServedOptions, pairs: Sequence[Any], texts: Sequence[Texts], tokenizer: Any,
-    recompute: Recompute, beta: float,
+    load: Load, beta: float,
 ) -> Way:  # fmt: skip
     """With servers, whose rows are kept apart from those of the model that is trained.
 
@@ -49,7 +52,7 @@ def served_way(
     return Way(
         identity_of({"served_as": name}, words),
         way,
-        lambda rows: way.check(rows, recompute, count=served.verify, max_drift=served.max_drift, beta=beta),
+        lambda rows: way.check(rows, load, count=served.verify, max_drift=served.max_drift, beta=beta),
     )
 
 
@@ -85,7 +88,7 @@ class ServedWay:
                 "and with the chat template that it has here."
             )
 
-    def check(self, rows: ModelRows, recompute: Recompute, *, count: int, max_drift: float, beta: float) -> None:
+    def check(self, rows: ModelRows, load: Load, *, count: int, max_drift: float | None, beta: float) -> None:
         """Ask for a sample of the pairs; compare it with what is kept under this name and with what is computed here.
 
         Raises:
@@ -104,10 +107,14 @@ class ServedWay:
         theirs = [logps[key] for key in keys]
         self._compare_with_kept(keys, theirs, rows, beta)
         _say(f"Computing {len(places)} of {len(self._pairs):,} pairs here, to compare with {self._name}.")
-        drift = drift_between(theirs, recompute(places), beta)
+        recomputed = load()
+        ours = recomputed(places)
+        drift, limit = drift_between(theirs, ours, beta), ROUNDING if max_drift is None else max_drift
         _say(str(drift))
+        if max_drift is None and drift.mean_per_token > limit:
+            limit = max(limit, own_rounding(recomputed, places, ours))
         refuse_drift(
-            drift, max_drift, f"the log-probs of {self._name}",
+            drift, limit, f"the log-probs of {self._name}",
             "Nothing was kept. A server computes in bfloat16, the trainer in 4 bit unless --load_in_4bit is false: if "
             "that is the reason, accept it with a larger --max_drift, or compute the reference here (no --endpoint).",
         )  # fmt: skip
@@ -125,7 +132,7 @@ class ServedWay:
         if places:
             drift = drift_between([kept[keys[place]] for place in places], [theirs[place] for place in places], beta)
             refuse_drift(
-                drift, SAME_SERVER, f"the rows that {rows.store.path} has of {self._name}",
+                drift, ROUNDING, f"the rows that {rows.store.path} has of {self._name}",
                 "Keep those of the model that answers now under another name, with --served_as.",
             )  # fmt: skip
 

@@ -246,10 +246,16 @@ def measured_drift(
         return None, limit
     ours = recomputed(list(stored))
     drift = ranks.agree(drift_between(list(chain.from_iterable(stored.values())), ours, config.loss.beta))
-    if max_drift is None and drift.mean_per_token > limit:  # this model may round more than most
-        alone = recomputed(list(stored), max_tokens=1)
-        limit = max(limit, NOISE_MARGIN * drift_between(alone, ours, config.loss.beta).mean_per_token)
+    if max_drift is None and drift.mean_per_token > limit:
+        limit = max(limit, own_rounding(recomputed, list(stored), ours))
     return drift, ranks.agree(limit)
+
+
+def own_rounding(recomputed: Recomputed, places: Sequence[int], ours: Sequence[Logps]) -> float:
+    """How far two exact paths of this model may differ per token, where it rounds more than most: a multiple of what
+    the cut into micro-batches changes in `ours`."""
+    alone = recomputed(places, max_tokens=1)
+    return NOISE_MARGIN * drift_between(alone, ours, beta=1.0).mean_per_token
 
 
 def brief(drift: Drift) -> str:

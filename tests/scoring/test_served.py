@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -22,6 +23,7 @@ from qlora_dpo.data.dataset import load_preference_dataset
 from qlora_dpo.reference.fill import keys_of
 from qlora_dpo.reference.store import ReferenceStore
 from qlora_dpo.training.records.tracking import read_metrics
+from qlora_dpo.training.referencing import Recomputed
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ("--load_in_4bit", "false", "--dtype", "float32")
@@ -113,6 +115,28 @@ def test_another_model_is_refused_before_it_is_asked_for_everything(
     told = capsys.readouterr().err
     assert "the log-probs of m@server are those of another model: 4 pairs with" in told
     assert "Nothing was kept" in told and "instead of 0.6931" in told and rows_in(store) == 0
+
+
+@pytest.mark.parametrize(("rounding", "code"), [(0.048, 0), (0.07, 0), (0.2, 65)])
+def test_a_server_may_be_off_by_what_this_model_rounds(
+    rounding: float, code: int, model_folder: Path, pairs_file: Path, same_model: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its own log-probs change by 0.03 per token with the cut, so that 0.09 is allowed."""
+
+    def rounded(ids: Sequence[int]) -> list[float]:
+        return [value - rounding for value in same_model(ids)]
+
+    def noisy(self: Any, places: Sequence[int], max_tokens: int = 0) -> list[Any]:
+        return [values + 0.03 * (max_tokens == 1) for values in recomputed(self, places)]
+
+    recomputed = Recomputed.__call__
+    monkeypatch.setattr(Recomputed, "__call__", noisy)
+    store = tmp_path / "store.sqlite"
+    with OpenAIServer(logps=rounded) as server:
+        assert main(arguments(model_folder, pairs_file, store, server, *PLAIN, "--verify", "4")) == code
+    found = re.search(r"above --max_drift (\S+) per token", capsys.readouterr().err)
+    assert (float(found[1]) if found else None) == (pytest.approx(0.09, abs=1e-4) if code else None)
 
 
 @pytest.mark.slow
