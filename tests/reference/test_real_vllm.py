@@ -1,7 +1,7 @@
 """Log-probs from a real vLLM server against those of the same bfloat16 model here. Opt-in:
 
-MODEL_DIR is the folder of a real chat model, such as one of 135 million parameters, whose bfloat16 rounds as others do; or
-PYTHONPATH=. python tests/reference/test_real_vllm.py MODEL_DIR   makes a small random LLaMA with LLaMA's tokenizer
+MODEL_DIR is the folder of a real chat model in bfloat16 (one of 135 million parameters will do), or made by
+PYTHONPATH=. python tests/reference/test_real_vllm.py MODEL_DIR   (small and random, with LLaMA's tokenizer)
 vllm serve MODEL_DIR --served-model-name m --dtype bfloat16 --port 8000
 QLORA_DPO_VLLM_URL=http://127.0.0.1:8000/v1 QLORA_DPO_VLLM_MODEL=MODEL_DIR pytest -s tests/reference/test_real_vllm.py
 """
