@@ -21,10 +21,11 @@ from qlora_dpo.data.formats import columns_read, detect_format, parse_row
 from qlora_dpo.data.preferences import RefusedRow, RowError
 from qlora_dpo.data.progress import with_progress
 from qlora_dpo.data.tokenization import TokenizedPair
+from qlora_dpo.data.unclear import LABELS
 from qlora_dpo.data.values import Values
 
 # Part of the cache key: raise it when the same file would give other ids or another report.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _BATCH = 1000  # rows
 
@@ -105,7 +106,8 @@ class TokenizingJob:
 
     def build(self, folder: Path) -> None:
         """Read, check and tokenize the source into a store."""
-        wanted = self.kind.reads(self.dataset_format, self.names) | CONTENT.keys()
+        # Labels tell that rows are none of SFT.
+        wanted = self.kind.reads(self.dataset_format, self.names) | CONTENT.keys() | set(LABELS)
         rows = self._with_format(islice(self.source.rows(wanted), self.max_samples))
         rows_read = 0
         with pair_store.new_store(folder) as building:

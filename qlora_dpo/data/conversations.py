@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_dpo.data.columns import add_content, category_of, without
 from qlora_dpo.data.conversation_layouts import LAYOUTS, ConversationLayout
-from qlora_dpo.data.messages import is_silent, messages_of, with_saved_messages
+from qlora_dpo.data.messages import check_all_learned, is_silent, messages_of, with_saved_messages
 from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE
 from qlora_dpo.data.pair_formats.layout import text_prompt
 from qlora_dpo.data.preferences import Message, RowError
@@ -22,6 +22,10 @@ from qlora_dpo.data.unclear import LABELS, is_labelled, unclear
 from qlora_dpo.data.values import Values, all_text, text_of, value_of
 from qlora_dpo.errors import UsageError
 
+LABELLED = (
+    "one answer with a label, good or bad: SFT would learn the bad ones, too. Keep the rows with good answers without "
+    "the label (--ignore_columns label), or make pairs for DPO of them with `data pair`"
+)
 AFTER_THE_LAST_ANSWER = "messages after the last answer, which nothing is learned from, left out"
 
 
@@ -76,6 +80,10 @@ def parse_conversation(name: str, values: Values, names: ConversationColumns, or
     """
     read = conversation_columns_read(name, names)
     values = with_saved_messages(without(values, names.ignore_columns), read)
+    if is_labelled(values):
+        raise RowError(next(column for column in LABELS if column in values), f"the row is {LABELLED}")
+    for column in read:
+        check_all_learned(column, values.get(column))
     parsed = CONVERSATION_FORMATS[name].parse(values, names)
     conversation = replace(parsed.conversation, category=category_of(values, names.category), origin=origin)
     content = add_content(values, read, conversation.messages)
@@ -98,7 +106,6 @@ def conversation_columns_read(name: str, names: ConversationColumns) -> frozense
     """
     forms = CONVERSATION_FORMATS.values() if name == "auto" else [CONVERSATION_FORMATS[name]]
     read = {column for form in forms for column in form.reads(names)}
-    read |= set(LABELS) if name == "auto" else set()  # which tell that rows are none of SFT
     return frozenset(read | {names.category}) - {"", *names.ignore_columns}
 
 
@@ -112,10 +119,7 @@ def detect_conversation_format(values: Values, names: ConversationColumns | None
     values = with_saved_messages(without(values, names.ignore_columns), values)
     fitting = fitting_formats(values, names)
     if fitting and is_labelled(values):
-        raise UsageError(
-            "each row is one answer with a label, good or bad: SFT would learn the bad ones, too. Keep the rows with "
-            "good answers, or make pairs for DPO of them with `data pair`."
-        )
+        raise UsageError(f"each row is {LABELLED}.")
     if len(fitting) == 1:
         return fitting[0]
     if names.prompt in values and "chosen" in values and "rejected" in values:

@@ -21,6 +21,7 @@ def joined_parts(field: str, parts: list[Any]) -> str:
         if isinstance(part, dict):
             if part.get("type", "text") not in ("text", "input_text", "output_text"):
                 raise RowError(f"{field}[{number}]", f"only parts of text are supported (it is {shown(part['type'])})")
+            _refuse_others(f"{field}[{number}]", part, ("type", "text"), "a part of text")
             part = part.get("text")
         texts.append(clean_text(f"{field}[{number}]", part))
     return "".join(texts)
@@ -34,8 +35,6 @@ def other_fields(field: str, item: Mapping[str, Any], keys: tuple[str, str], rol
     """
     more: dict[str, Any] = {}
     for key, value in item.items():
-        if key == "weight" and role == "assistant" and value == 0:
-            raise RowError(f"{field}.weight", "answers that are not to be learned are not supported (it is 0)")
         if key in (*keys, "weight") or is_empty(value):
             continue
         name, read = _KEYS.get(key, (key, None))
@@ -61,13 +60,31 @@ def calls_of(field: str, value: object) -> list[dict[str, Any]]:
 
 def _call(field: str, value: object) -> dict[str, Any]:
     call = object_of(field, value)
-    function = object_of(f"{field}.function", call.get("function") or call)
+    is_nested = not is_empty(call.get("function"))
+    function = object_of(f"{field}.function", call["function"]) if is_nested else call
+    own = ("name", *_ARGUMENTS)
+    _refuse_others(field, call, ("function", *_OF_A_CALL) if is_nested else (*own, *_OF_A_CALL), "a call")
+    if is_nested:
+        _refuse_others(f"{field}.function", function, own, "a function")
     if not isinstance(function.get("name"), str):
         raise RowError(f"{field}.function.name", f"must be text (it is {kind(function.get('name'))})")
-    arguments = function.get("arguments", function.get("parameters"))
-    arguments = {} if is_empty(arguments) else object_of(f"{field}.function.arguments", arguments)
-    id_ = {} if call is function or is_empty(call.get("id")) else {"id": clean_text(f"{field}.id", call["id"])}
+    given = [key for key in _ARGUMENTS if not is_empty(function.get(key))]
+    if len(given) > 1:
+        raise RowError(f"{field}.function", f"has its arguments twice ({' and '.join(given)})")
+    arguments = object_of(f"{field}.function.{given[0]}", function[given[0]]) if given else {}
+    id_ = {} if is_empty(call.get("id")) else {"id": clean_text(f"{field}.id", call["id"])}
     return {**id_, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _refuse_others(field: str, item: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
+    other = next((key for key, value in item.items() if key not in known and not is_empty(value)), None)
+    if other is not None:
+        raise RowError(field, f"{what} has a key that nothing is made of ({shown(other)})")
+
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""What OpenAI, Llama, Anthropic and LangChain call them."""
+_OF_A_CALL = ("id", "type", "index")
 
 
 _THOUGHT = ("reasoning_content", clean_text)

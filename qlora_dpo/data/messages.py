@@ -39,7 +39,10 @@ SHAREGPT = MessageKeys(
 def keys_of(value: object) -> MessageKeys:
     """Which of the two spellings a message, or the first of a list, has."""
     first = value[0] if isinstance(value, list) and value else value
-    return SHAREGPT if isinstance(first, dict) and SHAREGPT.role in first else OPENAI
+    if not isinstance(first, dict) or SHAREGPT.role not in first:
+        return OPENAI
+    # Arrow writes all keys that any row has: those of the other spelling are null.
+    return OPENAI if first[SHAREGPT.role] is None and first.get(OPENAI.role) is not None else SHAREGPT
 
 
 def messages_of(column: str, value: object, *, may_end_empty: bool = False) -> list[Message]:
@@ -134,6 +137,18 @@ def with_saved_messages(values: Values, columns: Collection[str]) -> Values:
         if isinstance(text := values.get(column), str) and (messages := saved_messages(column, text)) is not None
     }
     return {**values, **found} if found else values
+
+
+def check_all_learned(column: str, value: object) -> None:
+    """Refuse messages of which an answer is not to be learned.
+
+    Raises:
+        RowError: when the weight of an answer is 0.
+    """
+    for number, item in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(item, dict) and item.get("weight") == 0 and item.get(keys_of(item).role) in ("assistant", "gpt"):
+            reason = "answers that are not to be learned are not supported (it is 0)"
+            raise RowError(f"{column}[{number}].weight", reason)
 
 
 def check_prompt(column: str, messages: Sequence[Message]) -> None:

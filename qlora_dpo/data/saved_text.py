@@ -58,7 +58,8 @@ def saved_messages(field: str, text: str) -> Any | None:
 def _is_message(value: object) -> bool:
     if not isinstance(value, dict):
         return False
-    speaker, said = (value.get("from"), "value") if "from" in value else (value.get("role"), "content")
+    is_sharegpt = value.get("from") is not None
+    speaker, said = (value.get("from"), "value") if is_sharegpt else (value.get("role"), "content")
     return isinstance(speaker, str) and (said in value or "tool_calls" in value)
 
 

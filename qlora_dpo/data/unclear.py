@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qlora_dpo.data.values import Values, kind
+from qlora_dpo.data.values import Values, kind, truth_of
 from qlora_dpo.errors import UsageError
 
 LABELS = ("label", "kto_tag")
@@ -16,7 +16,7 @@ RATINGS = ("rating", "score", "helpfulness", "reward", "overall_score")
 
 def is_labelled(values: Values) -> bool:
     """The row is one answer with a label, half of a pair."""
-    return any(isinstance(values.get(column), bool) for column in LABELS) and "chosen" not in values
+    return any(truth_of(values.get(column)) is not None for column in LABELS) and "chosen" not in values
 
 
 def unclear(

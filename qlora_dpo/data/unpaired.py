@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from qlora_dpo.config.data import UnpairedOptions
+from qlora_dpo.data.columns import without
 from qlora_dpo.data.conversations import (
     Conversation,
     ConversationColumns,
@@ -93,15 +94,18 @@ class Unpaired:
                 self.rating_key = _rating_column(values)
             if self.dataset_format != "auto":
                 return self.dataset_format
-            without = {column: value for column, value in values.items() if column != self.rating_key}
-            return detect_conversation_format(without, self.names)
+            return detect_conversation_format(self._without_rating(values), self.names)
 
         found, rows = settled_format(rows, detect)
         self.dataset_format = found or self.dataset_format
         return rows
 
+    def _without_rating(self, values: Values) -> Values:
+        return without(values, (str(self.rating_key), *LABELS))
+
     def _parse(self, row: Row) -> RatedAnswer:
-        conversation = parse_conversation(self.dataset_format, row.values, self.names, row.origin).conversation
+        values = self._without_rating(row.values)
+        conversation = parse_conversation(self.dataset_format, values, self.names, row.origin).conversation
         check_prompt("prompt", conversation.messages[:-1])
         return RatedAnswer(_rating(row.values, str(self.rating_key)), conversation)
 

@@ -20,6 +20,7 @@ _KINDS: dict[type, str] = {
     float: "number",
     Unread: "not read",
 }
+_TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _EMPTY_TEXTS = ("", "[]", "{}", "null", "None")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -72,10 +73,20 @@ def clean_text(field: str, value: object) -> str:
 
 
 def is_empty(value: object) -> bool:
-    """The value is as good as absent: null, or a text, list or object that is empty (or the text of such a one)."""
+    """The value is as good as absent: null, or a text, list or object that is empty (or the text of such a one).
+
+    An object of nulls alone is what Arrow makes of an absent one.
+    """
     if isinstance(value, str):
         return value.strip() in _EMPTY_TEXTS
-    return value is None or value == [] or value == {}
+    if isinstance(value, dict):
+        return all(item is None for item in value.values())
+    return value is None or value == []
+
+
+def truth_of(value: object) -> bool | None:
+    """What true, false, 1, 0 or the text of one of them says (CSV knows only text); None for anything else."""
+    return _TRUTHS.get(str(value).strip().lower())
 
 
 def all_text(values: Values, *columns: str) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from qlora_dpo.cli import main
-from qlora_dpo.data.conversations import detect_conversation_format
+from qlora_dpo.data.conversations import ConversationColumns, detect_conversation_format, parse_conversation
 from qlora_dpo.data.files.sources import open_source
 from qlora_dpo.data.formats import detect_format
 from qlora_dpo.data.pair_reader import PairReader
-from qlora_dpo.data.preferences import ColumnNames
+from qlora_dpo.data.preferences import ColumnNames, RowError
 from qlora_dpo.errors import UsageError
 
 
@@ -137,9 +137,18 @@ def test_pairs_of_single_answers_say_what_to_do(values: dict[str, Any], words: s
     assert "--dataset_format" not in str(error.value)
 
 
-def test_sft_does_not_learn_answers_that_are_labelled_bad() -> None:
+@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "false", "0", True, 1])
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_sft_does_not_learn_answers_that_are_labelled_bad(column: str, label: Any) -> None:
+    row = {"prompt": "p", "completion": "a", column: label}
     with pytest.raises(UsageError, match="SFT would learn the bad ones"):
-        detect_conversation_format(kto("p", "a", False))
+        detect_conversation_format(row)
+    # also where another row showed the format, or it is named
+    with pytest.raises(RowError, match=f"{column}: .*SFT would learn the bad ones"):
+        parse_conversation("completion", row, ConversationColumns(), "f:1")
+    names = ConversationColumns(ignore_columns=(column,))
+    assert parse_conversation("completion", row, names, "f:1").conversation.messages[-1]["content"] == "a"
+    assert detect_conversation_format({**row, column: "algebra"}) == "completion"
 
 
 def test_what_is_written_is_read_as_pairs(paired: Paired, tmp_path: Path) -> None:
