@@ -104,7 +104,8 @@ def test_flags_named_in_the_documents_exist() -> None:
     commands = (COMMANDS | EVAL_COMMANDS).values()
     known = {option.name for command in commands for group in command.options for option in fields(group)}
     known |= {"help", "config", "quick", "strict", "chaos", "only", "reduced", "break"}  # of the scripts
-    known |= {"config_file", "num_processes", "env"}  # of accelerate and SkyPilot; other programs' flags have hyphens
+    # Of accelerate, SkyPilot and llama.cpp's converter; other programs' flags have hyphens.
+    known |= {"config_file", "num_processes", "env", "outfile", "outtype"}
     for path in [*READMES, *(ROOT / "docs").glob("*.md")]:
         for flag in re.findall(r"(?<![\w-])--([a-z_0-9]+)(?![\w-])", path.read_text(encoding="utf-8")):
             assert flag in known, f"{path.name} names --{flag}"
