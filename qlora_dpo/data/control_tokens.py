@@ -43,6 +43,7 @@ class ControlTokenEncoder:
         self._marker_pattern = re.compile(f"{nonce}m([0-9]+)m")
         self._stand_in_pattern = re.compile(f"<{nonce}s([0-9]+)>")
         self._texts = texts
+        self._starts = {text[:2] for text in texts}
         self._backend = _copy_backend(tokenizer)
         self._backend.encode_special_tokens = True
         self._backend.add_tokens(
@@ -59,11 +60,15 @@ class ControlTokenEncoder:
 
     def protect(self, content: str) -> str:
         """Replace control text in a message by markers that every template passes on."""
+        if not any(start in content for start in self._starts):  # as in nearly all texts
+            return content
         return self.pattern.sub(lambda match: self._markers[match[0]], content)
 
     def reveal(self, rendered: str) -> str:
         """Turn a rendered template into text to encode: control tokens to stand-ins, markers back to text."""
         text = self.pattern.sub(lambda match: self._stand_ins[match[0]], rendered)
+        if self._nonce + "m" not in text:
+            return text
         return self._marker_pattern.sub(lambda match: self._texts[int(match[1])], text)
 
     def readable(self, text: str) -> str:
