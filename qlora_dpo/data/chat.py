@@ -59,6 +59,7 @@ class Chat:
         self._bos_id: int | None = tokenizer.bos_token_id
         self._adds_bos = uses_bos(tokenizer)
         self._special_tokens: dict[str, Any] = tokenizer.special_tokens_map
+        self._left_out: dict[tuple[Any, ...], str | None] = {}
         self.form = self._find_answer_form()
 
     def render_prompts(
@@ -70,7 +71,7 @@ class Chat:
         """
         texts = self.render_all(conversations, contexts)
         return [
-            text if isinstance(text, Exception) else missing_in_prompt(text, conversation, context) or text
+            text if isinstance(text, Exception) else self._missing(text, conversation, context) or text
             for text, conversation, context in zip(texts, conversations, contexts, strict=True)
         ]
 
@@ -126,7 +127,7 @@ class Chat:
             "documents": None,
             "add_generation_prompt": generation_prompt,
             **self._special_tokens,
-            **context.kwargs,
+            **protect_all(context.kwargs, self.encoder.protect),
         }
         return [
             template.render(messages=[_with_thinking(message) for message in turns], tools=tools, **given)
@@ -143,11 +144,11 @@ class Chat:
         """A message with control text in it replaced by markers; the tags of an answer's thought stay."""
         protect, content = self.encoder.protect, message["content"]
         thought = inline_thought(content) if message["role"] == "assistant" else None
-        if thought is not None and self.encoder.pattern.search(thought.tags.open):
-            start = content.index(thought.tags.open)
-            end = len(content) - len(thought.answer)
-            parts = (content[:start], thought.tags.open, protect(thought.thought), thought.tags.close)
-            text = "".join(parts) + protect(content[end:])
+        if thought is not None and thought.thought.strip() == message.get("reasoning_content", "").strip() != "":
+            content, thought = thought.answer.lstrip("\n"), None  # the same thought twice
+        if thought is not None and self.encoder.pattern.search(thought.tags.close):
+            opening = thought.tags.open if content.lstrip().startswith(thought.tags.open) else ""
+            text = opening + protect(thought.thought) + thought.tags.close + protect(thought.answer)
         else:
             text = protect(content)
         if len(message) == 2:
@@ -195,6 +196,24 @@ class Chat:
             return ids
         written = next((i for i, id_ in enumerate(ids) if id_ != self._bos_id), len(ids))
         return [self._bos_id, *ids[written:]] if written or self._adds_bos else ids
+
+    def _missing(self, text: str, conversation: list[Message], context: ChatContext) -> RowError | None:
+        """What the template leaves out of a prompt: texts of this one, or parts of all prompts of its form."""
+        for message in conversation:
+            if message["role"] in ("system", "user") and not holds(text, message["content"]):
+                return RowError("prompt", f"the chat template does not write the {message['role']} message")
+        if len(conversation) == 1 and not context:
+            return None
+        form = _form_of(conversation, context)
+        if form not in self._left_out:
+            turns, tools, words = _probes(conversation, context)
+            probed = self._render_one(turns, True, tools)
+            missing = [] if isinstance(probed, Exception) else [what for what, word in words if word not in probed]
+            self._left_out[form] = missing[0] if missing else None
+        left_out = self._left_out[form]
+        if left_out is None:
+            return None
+        return RowError("tools" if "tool" in left_out else "prompt", f"the chat template does not write the {left_out}")
 
     def _render_one(
         self, conversation: list[Message], generation_prompt: bool, context: ChatContext
@@ -247,16 +266,42 @@ class Chat:
         return form
 
 
-def missing_in_prompt(text: str, conversation: Sequence[Message], context: ChatContext) -> RowError | None:
-    """What a rendered prompt should hold and does not; None where all is there."""
+def _form_of(conversation: Sequence[Message], context: ChatContext) -> tuple[Any, ...]:
+    """What decides which parts of a conversation a template writes."""
+    turns = tuple((turn["role"], bool(turn["content"]), len(turn.get("tool_calls", ()))) for turn in conversation)
+    return (*turns, len(context.tools), repr(context.kwargs))
+
+
+def _probes(
+    conversation: Sequence[Message], context: ChatContext
+) -> tuple[list[Message], ChatContext, list[tuple[str, str]]]:
+    """The conversation with made-up words in place of its texts, and (what a word stands for, the word)."""
+    words: list[tuple[str, str]] = []
+
+    def word(what: str) -> str:
+        words.append((what, f"probe{secrets.token_hex(8)}"))
+        return words[-1][1]
+
+    turns: list[Message] = []
     for message in conversation:
-        if message["role"] in ("system", "user") and not holds(text, message["content"]):
-            return RowError("prompt", f"the chat template does not write the {message['role']} message")
-    for tool in context.tools:
-        name = str(tool.get("function", tool).get("name", ""))
-        if name not in text:
-            return RowError("tools", f"the chat template does not write tools ({name})")
-    return None
+        turn: Message = {**message, "content": word(f"{message['role']} message") if message["content"] else ""}
+        if "tool_calls" in message:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {"name": word("call of a tool"), "arguments": {"a": word("call of a tool")}},
+                }
+                for _ in message["tool_calls"]
+            ]
+        turns.append(turn)
+    tools = tuple(
+        {
+            "type": "function",
+            "function": {"name": word("tools"), "description": "x", "parameters": {"type": "object", "properties": {}}},
+        }
+        for _ in context.tools
+    )
+    return turns, ChatContext(tools, context.kwargs), words
 
 
 def has_thought(answer: Message) -> bool:

@@ -15,6 +15,7 @@ from itertools import takewhile
 from qlora_dpo.data.preferences import Message, RowError
 from qlora_dpo.data.thoughts import ThoughtTags, inline_thought, opened_thought
 
+OTHERWISE = "the chat template does not write the answer behind its own generation prompt"
 OPEN_THOUGHT = "the answer would end inside the thought that the generation prompt opens"
 
 
@@ -68,6 +69,8 @@ def find_completion(
     Raises:
         RowError: the template cannot write this answer behind this prompt.
     """
+    if answer.get("reasoning_content") and inline_thought(answer["content"]) is not None:
+        raise RowError("answer", "the answer has two thoughts, one in its text and another one apart")
     written = _behind(prompt, whole, answer)
     if written is None:
         written = next(_otherwise_written(prompt, whole, answer, form, render), None)
@@ -90,7 +93,15 @@ def _behind(prompt: str, whole: str, answer: Message) -> str | None:
     if not whole.startswith(prompt):
         return None
     written = whole[len(prompt) :]
-    return written if all(holds(written, part) for part in _parts(answer)) else None
+    return written if _is_whole(written, answer) else None
+
+
+def _is_whole(written: str, answer: Message) -> bool:
+    """A rendered answer holds all of the answer, and no thought besides its own."""
+    thought = inline_thought(answer["content"])
+    if thought is not None and written.count(thought.tags.close) > answer["content"].count(thought.tags.close):
+        return False
+    return all(holds(written, part) for part in _parts(answer))
 
 
 def _parts(answer: Message) -> Iterator[str]:
@@ -144,6 +155,8 @@ def _inside_opened_thought(prompt: str, whole: str, answer: Message) -> str | No
     rest = thought.answer.lstrip()
     if not whole.startswith(prompt[:start]) or not written.startswith(rest.rstrip()):
         return None
+    if tags.open in written or tags.close in written:
+        return None  # the template writes thoughts, but not so
     between = thought.answer[: len(thought.answer) - len(rest)]
     opening = prompt[start + len(tags.open) :]
     return thought.thought.removeprefix(opening) + tags.close + between + written
@@ -159,8 +172,7 @@ def _refusal(prompt: str, whole: str, answer: Message) -> RowError:
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
     return RowError(
         "answer",
-        "the chat template does not write the answer behind its own generation prompt "
-        f"({prompt[shared : shared + 20]!r} there, {whole[shared : shared + 20]!r} in the conversation)",
+        f"{OTHERWISE} ({prompt[shared : shared + 20]!r} there, {whole[shared : shared + 20]!r} in the conversation)",
     )
 
 

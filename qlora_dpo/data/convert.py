@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -162,14 +163,13 @@ def _without_system(pair: PreferencePair) -> PreferencePair:
 
 
 def with_folded_system(pair: PreferencePair) -> PreferencePair:
-    """The pair with its system prompt in front of the first question, a blank line between them."""
-    first, *rest = pair.messages
-    if first["role"] != "system" or not rest or rest[0]["role"] != "user":
+    """The pair with its system prompts in front of the first question, blank lines between them."""
+    system = list(takewhile(lambda message: message["role"] == "system", pair.messages))
+    first, *rest = pair.messages[len(system) :]
+    if not system or first["role"] != "user":
         return pair
-    if not first["content"]:
-        return _with_prompt(pair, rest)
-    question = Message(role="user", content=f"{first['content']}\n\n{rest[0]['content']}")
-    return _with_prompt(pair, (question, *rest[1:]))
+    texts = [message["content"] for message in (*system, first) if message["content"]]
+    return _with_prompt(pair, (Message(role="user", content="\n\n".join(texts)), *rest))
 
 
 def _without_history(pair: PreferencePair) -> PreferencePair:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qlora_dpo.config.checks import nearest
 from qlora_dpo.data.control_tokens import uses_bos
 from qlora_dpo.data.template_clock import pin_date, recorded_date
 from qlora_dpo.environment import cache_folder
@@ -69,9 +71,10 @@ def set_up_chat_template(
     instead, by default the day that it was first used on this machine.
 
     Raises:
-        UsageError: when there is no template to use, or no template of that name.
+        UsageError: when there is no template to use, or no template of that name; when it would ignore an argument.
     """
     apply_prompt_template(tokenizer, prompt_template)
+    _refuse_unread(chat_template_kwargs or {}, str(tokenizer.chat_template))
     before = "".join(_default(name, value) for name, value in (chat_template_kwargs or {}).items())
     if system_prompt == "fold":
         before += _FOLD_SYSTEM
@@ -80,6 +83,16 @@ def set_up_chat_template(
     # What is written last keeps the line break that a template may begin with.
     _put_before(tokenizer, before + "{{ '' }}" if before else "")
     pin_date(tokenizer, date or recorded_date(tokenizer, cache_folder()))
+
+
+def _refuse_unread(arguments: Mapping[str, Any], template: str) -> None:
+    words = set(re.findall(r"[A-Za-z_][A-Za-z_0-9]*", template))
+    unread = [name for name in arguments if name.isidentifier() and name not in words]
+    if unread:
+        raise UsageError(
+            f"--chat_template_kwargs: the chat template reads no argument {unread[0]!r}{nearest(unread[0], words)}. "
+            "Correct its name, or leave it out."
+        )
 
 
 def _default(name: str, value: Any) -> str:
@@ -97,11 +110,21 @@ def _literal(name: str, value: Any) -> str:
 
 
 _FOLD_SYSTEM = (
-    "{%- if messages and messages[0]['role'] == 'system' -%}"
-    "{%- if messages | length > 1 and messages[1]['role'] == 'user' and messages[0]['content'] -%}"
-    "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])] "
-    "+ messages[2:] -%}"
-    "{%- elif not messages[0]['content'] -%}{%- set messages = messages[1:] -%}{%- endif -%}{%- endif -%}"
+    "{%- set fold = namespace(system='', turns=0, leads=true) -%}"
+    "{%- for message in messages -%}"
+    "{%- if fold.leads and message['role'] == 'system' -%}"
+    "{%- set between = '\n\n' if fold.system and message['content'] else '' -%}"
+    "{%- set fold.system = fold.system + between + message['content'] -%}"
+    "{%- set fold.turns = loop.index -%}"
+    "{%- else -%}{%- set fold.leads = false -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if fold.turns and messages | length > fold.turns and messages[fold.turns]['role'] == 'user' -%}"
+    "{%- set question = messages[fold.turns] -%}"
+    "{%- if fold.system -%}"
+    "{%- set question = dict(question, content=fold.system + '\n\n' + question['content']) -%}"
+    "{%- endif -%}"
+    "{%- set messages = [question] + messages[fold.turns + 1:] -%}"
+    "{%- endif -%}"
 )
 
 

@@ -45,9 +45,13 @@ class InlineThought:
 
 
 def inline_thought(content: str) -> InlineThought | None:
-    """The thought that a text begins with; None where it begins with none."""
+    """The thought that a text begins with, also where the prompt wrote its opening; None where it begins with none."""
     match = _INLINE.match(content)
     if match is None:
+        for tags in THOUGHT_TAGS:
+            thought, closed, answer = content.partition(tags.close)
+            if closed and tags.open not in thought:
+                return InlineThought(tags, thought, answer)
         return None
     number = next(number for number in range(len(THOUGHT_TAGS)) if match[f"open{number}"])
     return InlineThought(THOUGHT_TAGS[number], match[f"thought{number}"], content[match.end() :])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_dpo.data.chat import FOLD, NO_CONTEXT, Chat, ChatContext, Prompt
-from qlora_dpo.data.completions import Completion
+from qlora_dpo.data.completions import OTHERWISE, Completion
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow, RowError
 from qlora_dpo.errors import UsageError
 
@@ -171,7 +171,8 @@ class PairTokenizer:
 
 def refused_by_template(origin: str, field: str, error: Exception, messages: Sequence[Message]) -> RefusedRow:
     """A row with these messages that the chat template cannot write."""
-    hint = FOLD if messages[0]["role"] == "system" else ""
+    is_of_system = not isinstance(error, RowError) or "system message" in error.reason or OTHERWISE in error.reason
+    hint = FOLD if messages[0]["role"] == "system" and is_of_system else ""
     if isinstance(error, RowError):
         return RefusedRow(origin, field if error.field == "answer" else error.field, error.reason + hint)
     return RefusedRow(origin, field, f"the chat template refuses it{hint} ({error})")

@@ -60,8 +60,11 @@ def test_any_json_value_can_be_an_argument(value: Any) -> None:
 def test_an_argument_needs_a_name_and_a_json_value() -> None:
     with pytest.raises(UsageError, match=r"'a b' is no name"):
         set_up_chat_template(tokenizer_for(OWN["trims"]), chat_template_kwargs={"a b": 1})
-    with pytest.raises(UsageError, match=r"the value of a is no JSON value"):
-        set_up_chat_template(tokenizer_for(OWN["trims"]), chat_template_kwargs={"a": object()})
+    tokenizer = tokenizer_for(OWN["closes_thought"])
+    with pytest.raises(UsageError, match=r"the value of enable_thinking is no JSON value"):
+        set_up_chat_template(tokenizer, chat_template_kwargs={"enable_thinking": object()})
+    with pytest.raises(UsageError, match=r"reads no argument 'enable_thinkin'; the nearest is enable_thinking"):
+        set_up_chat_template(tokenizer, chat_template_kwargs={"enable_thinkin": False})
 
 
 @pytest.mark.parametrize("name", ["no_system", "drops_system", "trims"])
@@ -73,6 +76,8 @@ def test_a_system_prompt_is_folded_into_the_first_question(name: str) -> None:
     assert prompt_of(tokenizer, ASKED) == prompt_of(tokenizer_for(OWN[name]), ASKED)
     empty: list[Message] = [{"role": "system", "content": ""}, *ASKED]
     assert prompt_of(tokenizer, empty) == prompt_of(tokenizer, ASKED)
+    two: list[Message] = [{"role": "system", "content": "r"}, *WITH_SYSTEM]
+    assert prompt_of(tokenizer, two) == prompt_of(tokenizer, [{"role": "user", "content": "r\n\ns\n\nq"}])
     longer: list[Message] = [*WITH_SYSTEM, {"role": "assistant", "content": "a"}, *ASKED]
     assert prompt_of(tokenizer, longer) == prompt_of(tokenizer, [*together, *longer[2:]])
 
