@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_dpo.data.messages import messages_of
+from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE, answer_in_dialogue
+from qlora_dpo.data.pair_formats.layout import text_prompt
 from qlora_dpo.data.preferences import Message, RowError
-from qlora_dpo.data.values import Values, optional_text_of, text_of, value_of
+from qlora_dpo.data.values import Values, clean_text, is_empty, value_of
+
+Read = tuple[list[Message], tuple[str, ...]]
+"""Messages, and the repairs that made them usable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class ConversationLayout:
     columns: str
     example: dict[str, Any]
     needs: tuple[str, ...]
-    read: Callable[[Values], list[Message]]
+    read: Callable[[Values], Read]
     also: tuple[str, ...] = ()
     """Further columns that it reads; `history`, `system` and `tools` belong to every format."""
     without: tuple[str, ...] = ()
@@ -30,32 +35,38 @@ class ConversationLayout:
         return all(column in values for column in self.needs) and not any(column in values for column in self.without)
 
 
-def _answered(question: str, answer: str, *, more: str | None = None) -> Callable[[Values], list[Message]]:
-    """Reads a question, with a line break and the text of the column `more` behind it, and its answer."""
-
-    def read(values: Values) -> list[Message]:
-        parts = [text_of(values, question), optional_text_of(values, more) if more else ""]
-        asked = "\n".join(part for part in parts if part)
-        said = text_of(values, answer)
-        for column, text in ((question, asked), (answer, said)):
-            if not text.strip():
-                raise RowError(column, "the text is empty")
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-
-    return read
+def _answered(question: str, answer: str, *, more: str | None = None) -> Callable[[Values], Read]:
+    return lambda values: read_answered(values, question, answer, more)
 
 
-def _read_completion(values: Values) -> list[Message]:
-    """Prompt and completion, each a text or messages (TRL)."""
-    messages: list[Message] = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = value_of(values, column)
-        messages += messages_of(column, {"role": role, "content": value} if isinstance(value, str) else value)
-    return messages
+def read_answered(values: Values, question: str, answer: str, more: str | None = None) -> Read:
+    """A question, with the text of the column `more` on a line of its own behind it, and its answer.
+
+    Each of the two is a text or messages (TRL); the text of the question may be a dialogue.
+
+    Raises:
+        RowError: when one of them is empty, or neither.
+    """
+    if not isinstance(values.get(question), (list, dict)):
+        prompt = text_prompt(values, question, more)
+        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        is_dialogue = not isinstance(prompt, str)
+    else:
+        messages, is_dialogue = messages_of(question, values[question]), False
+        if more and not is_empty(values.get(more)):
+            raise RowError(more, f"has no place beside messages in {question}")
+    said = value_of(values, answer)
+    if isinstance(said, (list, dict)):
+        return [*messages, *messages_of(answer, said)], ()
+    said = clean_text(answer, said)
+    said = answer_in_dialogue(said) if is_dialogue else said
+    if not said.strip():
+        raise RowError(answer, "the answer is empty")
+    return [*messages, {"role": "assistant", "content": said}], (DIALOGUE,) if is_dialogue else ()
 
 
-def _read_conversations(values: Values) -> list[Message]:
-    return messages_of("conversations", value_of(values, "conversations"), may_end_empty=True)
+def _read_conversations(values: Values) -> Read:
+    return messages_of("conversations", value_of(values, "conversations"), may_end_empty=True), ()
 
 
 _ASKED, _SAID = "What is 2 + 3?", "5"
@@ -89,7 +100,7 @@ LAYOUTS: dict[str, ConversationLayout] = {
         "prompt, completion (text or messages)",
         {"prompt": _ASKED, "completion": _SAID},
         ("prompt", "completion"),
-        _read_completion,
+        _answered("prompt", "completion"),
         without=_PAIRED,
     ),
     "query": ConversationLayout(

@@ -13,13 +13,12 @@ from functools import lru_cache
 from typing import Any
 
 from qlora_dpo.data.columns import add_content, category_of, without
-from qlora_dpo.data.conversation_layouts import LAYOUTS, ConversationLayout
+from qlora_dpo.data.conversation_layouts import LAYOUTS, ConversationLayout, read_answered
 from qlora_dpo.data.messages import check_all_learned, is_silent, messages_of, with_saved_messages
-from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE
-from qlora_dpo.data.pair_formats.layout import text_prompt
 from qlora_dpo.data.preferences import Message, RowError
+from qlora_dpo.data.saved_text import is_written_messages
 from qlora_dpo.data.unclear import LABELS, is_labelled, unclear
-from qlora_dpo.data.values import Values, all_text, text_of, value_of
+from qlora_dpo.data.values import Values, value_of
 from qlora_dpo.errors import UsageError
 
 LABELLED = (
@@ -27,6 +26,8 @@ LABELLED = (
     "the label (--ignore_columns label), or make pairs for DPO of them with `data pair`"
 )
 AFTER_THE_LAST_ANSWER = "messages after the last answer, which nothing is learned from, left out"
+
+WRITTEN_MESSAGES = "messages that were saved as text would be learned as that (within a message of the {role})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,37 +154,33 @@ def check_conversation_format(name: str) -> None:
 
 
 def _parse_messages(values: Values, names: ConversationColumns) -> ParsedConversation:
-    return _of_messages(
-        names.messages, messages_of(names.messages, value_of(values, names.messages), may_end_empty=True)
-    )
+    messages = messages_of(names.messages, value_of(values, names.messages), may_end_empty=True)
+    return _of_messages(names.messages, messages)
 
 
-def _of_messages(column: str, messages: list[Message]) -> ParsedConversation:
+def _of_messages(column: str, messages: list[Message], repairs: tuple[str, ...] = ()) -> ParsedConversation:
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise RowError(column, "no message is the assistant's, so there is nothing to learn")
     if is_silent(messages[answers[-1]]):
         raise RowError(f"{column}[{answers[-1]}]", "the answer is empty")
     used = messages[: answers[-1] + 1]
-    return ParsedConversation(Conversation(tuple(used)), (AFTER_THE_LAST_ANSWER,) if len(used) < len(messages) else ())
+    for message in used:
+        if is_written_messages(message["content"]):
+            raise RowError(column, WRITTEN_MESSAGES.format(role=message["role"]))
+    left_out = (AFTER_THE_LAST_ANSWER,) if len(used) < len(messages) else ()
+    return ParsedConversation(Conversation(tuple(used)), repairs + left_out)
 
 
 def _parse_plaintext(values: Values, names: ConversationColumns) -> ParsedConversation:
-    prompt, response = text_prompt(values, names.prompt), text_of(values, names.response)
-    if not response.strip():
-        raise RowError(names.response, "the answer is empty")
-    if isinstance(prompt, str):
-        question: Message = {"role": "user", "content": prompt}
-        return ParsedConversation(Conversation((question, {"role": "assistant", "content": response})))
-    answer: Message = {"role": "assistant", "content": response.strip()}
-    return ParsedConversation(Conversation((*prompt, answer)), (DIALOGUE,))
+    return _of_messages(names.response, *read_answered(values, names.prompt, names.response))
 
 
 def _format_of(layout: ConversationLayout) -> ConversationFormat:
     return ConversationFormat(
         layout.columns,
         lambda values, _names: layout.matches(values),
-        lambda values, _names: _of_messages(layout.needs[0], layout.read(values)),
+        lambda values, _names: _of_messages(layout.needs[0], *layout.read(values)),
         lambda _names: (*layout.needs, *layout.also),
     )
 
@@ -196,8 +193,10 @@ CONVERSATION_FORMATS: dict[str, ConversationFormat] = {
         lambda names: (names.messages,),
     ),
     "plaintext": ConversationFormat(
-        "prompt, response (text)",
-        lambda values, names: all_text(values, names.prompt, names.response),
+        "prompt, response (text or messages)",
+        lambda values, names: all(
+            isinstance(values.get(column), (str, list, dict)) for column in (names.prompt, names.response)
+        ),
         _parse_plaintext,
         lambda names: (names.prompt, names.response),
     ),

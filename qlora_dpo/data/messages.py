@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qlora_dpo.data.message_fields import calls_of, joined_parts, other_fields
 from qlora_dpo.data.preferences import Message, NoPlaceError, PreferencePair, RowError
-from qlora_dpo.data.saved_text import saved_messages
+from qlora_dpo.data.saved_text import saved_messages, saved_parts
 from qlora_dpo.data.values import Values, clean_text, kind, shown
 
 
@@ -92,7 +92,8 @@ def message_of(field: str, item: object, keys: MessageKeys | None = None) -> Mes
         content = ""
     elif keys.content not in item:
         raise RowError(f"{field}.{keys.content}", "missing")
-    text = joined_parts(f"{field}.{keys.content}", content) if isinstance(content, list) else content
+    parts = saved_parts(content) if isinstance(content, str) else content
+    text = joined_parts(f"{field}.{keys.content}", parts) if isinstance(parts, list) else content
     return {"role": known, "content": clean_text(f"{field}.{keys.content}", text), **more}  # type: ignore[typeddict-item]
 
 

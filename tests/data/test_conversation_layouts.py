@@ -88,9 +88,9 @@ def test_columns_that_are_named_are_read_under_their_names_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "reason"),
     [
-        ("alpaca", {"instruction": "", "input": " ", "output": "a"}, "instruction: the text is empty"),
-        ("query", {"query": "q", "response": ""}, "response: the text is empty"),
-        ("completion", {"prompt": "q", "completion": " "}, "an empty message"),
+        ("alpaca", {"instruction": "", "input": " ", "output": "a"}, "instruction: the prompt is empty"),
+        ("query", {"query": "q", "response": ""}, "response: the answer is empty"),
+        ("completion", {"prompt": "q", "completion": " "}, "completion: the answer is empty"),
         ("sharegpt", {"conversations": [turn("human", "q")]}, "no message is the assistant's"),
         ("sharegpt", {"conversations": [turn("human", "q"), turn("gpt", "a", weight=0)]}, "not to be learned"),
         ("question", {"question": 3, "answer": "a"}, "question: must be text"),

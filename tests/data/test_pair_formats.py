@@ -91,7 +91,7 @@ def test_opendpo_refuses_with_the_reason(change: dict[str, Any], reason: str) ->
 )
 def test_sharegpt_reads_both_spellings_and_the_system_prompt(change: dict[str, Any], prompt: list[Any]) -> None:
     pair = parse_row("sharegpt", {**SHAREGPT, **change}, NAMES, "").pair
-    assert (list(pair.prompt), pair.chosen, pair.rejected) == (prompt, "x", "y")
+    assert (list(pair.messages), pair.chosen, pair.rejected) == (prompt, "x", "y")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_sharegpt_refuses_with_the_reason(change: dict[str, Any], reason: str) -
 )
 def test_alpaca_joins_instruction_input_history_and_system(change: dict[str, Any], prompt: list[Any]) -> None:
     pair = parse_row("alpaca", {**ALPACA, **change}, NAMES, "").pair
-    assert (list(pair.prompt), pair.chosen, pair.rejected) == (prompt, "x", "y")
+    assert (list(pair.messages), pair.chosen, pair.rejected) == (prompt, "x", "y")
 
 
 @pytest.mark.parametrize(

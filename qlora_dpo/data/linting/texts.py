@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qlora_dpo.data.linting.findings import Rule
 from qlora_dpo.data.preferences import PreferencePair
+from qlora_dpo.data.saved_text import is_written_messages
 from qlora_dpo.data.thoughts import THOUGHT_TAGS
 
 # Where a turn begins in well-known templates. Models that were trained on runs of these write the user's turn too.
@@ -42,8 +43,6 @@ _DIALOGUES: tuple[tuple[re.Pattern[str], re.Pattern[str] | None], ...] = (
     (re.compile(r"<start_of_turn>(?:user|model)\b"), None),
     (re.compile(r"<\|(?:system|user)\|>"), re.compile(r"<\|assistant\|>")),
 )
-_ROLE = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|user|assistant|tool|human|gpt)["']""")
-_CONTENT = re.compile(r"""["'](?:content|value|tool_calls)["']\s*:""")
 _LONGEST_TAG = max(len(tags.open) for tags in THOUGHT_TAGS)
 _SHORTEST_PROMPT = 10  # bytes: an answer may well begin with a shorter one
 _VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\u3164\ufeff]")
@@ -132,10 +131,8 @@ def _dialogue(field: str, text: str) -> str | None:
 
 def _messages_as_text(pair: PreferencePair, _: Marks) -> str | None:
     for field, text in _texts(pair):
-        written = text.strip()
-        is_list = written.startswith(("[", "{", "array(")) and written.endswith(("]", "}", ")"))
-        if is_list and _ROLE.search(written) and _CONTENT.search(written):
-            return f"{field} is a list of messages that was written as text ({written[:20]!r})"
+        if is_written_messages(text):
+            return f"{field} is a list of messages that was written as text ({text.strip()[:20]!r})"
     return None
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from qlora_dpo.data.messages import check_texts_only, check_turns
 from qlora_dpo.data.pair_formats.hh_rlhf import holds_dialogues
-from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, ParsedPair, PreferencePair, RowError
-from qlora_dpo.data.values import Values, all_text, optional_text_of, text_of
+from qlora_dpo.data.pair_formats.layout import text_pair, text_prompt
+from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair
+from qlora_dpo.data.values import Values, all_text, text_of
 
 COLUMNS = "instruction, input, chosen, rejected (text), history (pairs of texts), system"
 EXAMPLE: dict[str, Any] = {
@@ -35,12 +36,8 @@ def matches(values: Values, names: ColumnNames) -> bool:
 
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
     """Read a row. Raises: RowError."""
-    parts = (text_of(values, "instruction"), optional_text_of(values, "input"))
-    prompt = "\n".join(part for part in parts if part)
-    if not prompt.strip():
-        raise RowError("instruction", "the prompt is empty")
-    question: Message = {"role": "user", "content": prompt}
-    return ParsedPair(PreferencePair((question,), text_of(values, names.chosen), text_of(values, names.rejected)))
+    prompt = text_prompt(values, "instruction", "input")
+    return text_pair(prompt, text_of(values, names.chosen), text_of(values, names.rejected))
 
 
 def write(pair: PreferencePair) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_dpo.data.messages import check_texts_only, check_turns
 from qlora_dpo.data.preferences import ColumnNames, Message, NoPlaceError, ParsedPair, PreferencePair, RowError
-from qlora_dpo.data.values import Values, all_text, text_of
+from qlora_dpo.data.values import Values, all_text, is_empty, text_of
 
 COLUMNS = "chosen, rejected (dialogues '\\n\\nHuman: ... \\n\\nAssistant: ...')"
 EXAMPLE: dict[str, Any] = {
@@ -52,7 +52,7 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
     chosen, chosen_joined = split_dialogue(names.chosen, text_of(values, names.chosen))
     rejected, rejected_joined = split_dialogue(names.rejected, text_of(values, names.rejected))
     history = common_history(chosen, rejected)
-    if values.get(names.prompt) is not None and not _holds(history, text_of(values, names.prompt)):
+    if not is_empty(values.get(names.prompt)) and not _holds(history, text_of(values, names.prompt)):
         reason = f"holds dialogues of which {names.prompt} is no part (--ignore_columns {names.prompt} leaves it out)"
         raise RowError(names.chosen, reason)
     pair = PreferencePair(history, chosen[-1]["content"], rejected[-1]["content"])
@@ -114,6 +114,11 @@ def open_dialogue(text: str) -> tuple[Message, ...] | None:
     elif len(speakers) == 1 and text.count("\n", 0, start) < 2:
         return None
     return tuple(_join_repeated(speakers, texts)[0]) if speakers[-1] == "Human" and all(texts) else None
+
+
+def answer_in_dialogue(text: str) -> str:
+    """The answer to an open dialogue, without the space and the marker before it."""
+    return text.strip().removeprefix("Assistant:").strip()
 
 
 def _holds(history: tuple[Message, ...], prompt: str) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_dpo.data.messages import messages_of
-from qlora_dpo.data.pair_formats.hh_rlhf import open_dialogue
+from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE, answer_in_dialogue, open_dialogue
 from qlora_dpo.data.preferences import ColumnNames, Message, ParsedPair, PreferencePair, RowError
-from qlora_dpo.data.values import Values, kind, text_of
+from qlora_dpo.data.values import Values, kind, optional_text_of, text_of
 
 Prompt = str | tuple[Message, ...]
 
@@ -41,16 +41,26 @@ class Layout:
         return self.read(values)
 
 
-def text_prompt(values: Values, column: str) -> Prompt:
+def text_prompt(values: Values, column: str, more: str | None = None) -> Prompt:
     """A prompt that is text: one question, or a dialogue in the form of hh-rlhf that waits for its answer.
+
+    The text of the column `more`, if there is any, stands behind it on a line of its own.
 
     Raises:
         RowError: when it is empty, or no text.
     """
-    text = text_of(values, column)
+    parts = text_of(values, column), optional_text_of(values, more) if more else ""
+    text = "\n".join(part for part in parts if part)
     if not text.strip():
         raise RowError(column, "the prompt is empty")
     return open_dialogue(text) or text
+
+
+def text_pair(prompt: Prompt, chosen: str, rejected: str) -> ParsedPair:
+    """A pair of two texts, as answers to a dialogue where the prompt is one."""
+    if isinstance(prompt, str):
+        return ParsedPair(PreferencePair(prompt, chosen, rejected))
+    return ParsedPair(PreferencePair(prompt, answer_in_dialogue(chosen), answer_in_dialogue(rejected)), (DIALOGUE,))
 
 
 def message_pair(prompt: Sequence[Message], chosen: Message, rejected: Message, **more: Any) -> PreferencePair:

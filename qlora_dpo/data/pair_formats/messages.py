@@ -6,9 +6,10 @@ from typing import Any
 
 from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.pair_formats import axolotl
+from qlora_dpo.data.pair_formats.hh_rlhf import open_dialogue
 from qlora_dpo.data.pair_formats.layout import message_pair
 from qlora_dpo.data.preferences import ColumnNames, Message, ParsedPair, PreferencePair, RowError
-from qlora_dpo.data.values import Values, clean_text, value_of
+from qlora_dpo.data.values import Values, clean_text, is_empty, value_of
 
 COLUMNS = "chosen, rejected (messages with role and content), prompt (the same, or absent)"
 EXAMPLE: dict[str, Any] = {
@@ -41,9 +42,11 @@ def reads(names: ColumnNames) -> tuple[str, ...]:
 
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
     """Read a row. Raises: RowError."""
+    _refuse_empty_list(values, names)
     chosen_before, chosen = _conversation(values, names.chosen)
     rejected_before, rejected = _conversation(values, names.rejected)
-    if names.prompt in values:
+    # Nothing as the prompt is as good as none beside whole dialogues.
+    if names.prompt in values and not (chosen_before and is_empty(values[names.prompt])):
         given = value_of(values, names.prompt)
         prompt = whole_prompt(names.prompt, given, names.chosen, chosen_before)
         other = whole_prompt(names.prompt, given, names.rejected, rejected_before)
@@ -68,7 +71,7 @@ def whole_prompt(column: str, given: object, answer_column: str, before: list[Me
         said = clean_text(column, given)
         if any(message["role"] == "user" and message["content"].strip() == said.strip() for message in before):
             return before
-        prompt = messages_of(column, {"role": "user", "content": said})
+        prompt = list(open_dialogue(said) or messages_of(column, {"role": "user", "content": said}))
     else:
         prompt = messages_of(column, given)
     system, turns = _parts(prompt)
@@ -82,6 +85,15 @@ def whole_prompt(column: str, given: object, answer_column: str, before: list[Me
         answer_column,
         f"the messages before its answer are not those of {column} (--ignore_columns {column} leaves it out)",
     )
+
+
+def _refuse_empty_list(values: Values, names: ColumnNames) -> None:
+    """An empty list that was saved as text beside messages is no answer `[]`."""
+    answers = names.chosen, names.rejected
+    if any(_is_messages(values, column) for column in answers):
+        for column in answers:
+            if isinstance(values.get(column), str) and is_empty(values[column]):
+                raise RowError(column, "an empty list of messages")
 
 
 def _parts(messages: list[Message]) -> tuple[list[Message], list[Message]]:

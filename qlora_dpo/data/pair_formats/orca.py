@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_dpo.data.pair_formats.hh_rlhf import holds_dialogues
-from qlora_dpo.data.preferences import ColumnNames, ParsedPair, PreferencePair, RowError
-from qlora_dpo.data.values import Values, all_text, optional_text_of, text_of
+from qlora_dpo.data.pair_formats.layout import text_pair, text_prompt
+from qlora_dpo.data.preferences import ColumnNames, ParsedPair
+from qlora_dpo.data.values import Values, all_text, text_of
 
 COLUMNS = "question or input, chosen, rejected (text), system"
 EXAMPLE: dict[str, Any] = {
@@ -33,11 +34,8 @@ def reads(names: ColumnNames) -> tuple[str, ...]:
 def parse(values: Values, names: ColumnNames) -> ParsedPair:
     """Read a row. Raises: RowError."""
     column = _question_column(values)
-    parts = (text_of(values, column), optional_text_of(values, "input") if column == "question" else "")
-    question = "\n".join(part for part in parts if part)
-    if not question.strip():
-        raise RowError(column, "the prompt is empty")
-    return ParsedPair(PreferencePair(question, text_of(values, names.chosen), text_of(values, names.rejected)))
+    prompt = text_prompt(values, column, "input" if column == "question" else None)
+    return text_pair(prompt, text_of(values, names.chosen), text_of(values, names.rejected))
 
 
 def _question_column(values: Values) -> str:

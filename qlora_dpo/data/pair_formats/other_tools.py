@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qlora_dpo.data.columns import Content, add_content
 from qlora_dpo.data.messages import check_prompt, messages_of
-from qlora_dpo.data.pair_formats.layout import Layout, answer_message, dialogue_of, message_pair, text_prompt
-from qlora_dpo.data.preferences import ParsedPair, PreferencePair, RowError
+from qlora_dpo.data.pair_formats.layout import Layout, answer_message, dialogue_of, message_pair, text_pair, text_prompt
+from qlora_dpo.data.preferences import ParsedPair, RowError
 from qlora_dpo.data.values import Values, kind, text_of, value_of
 
 _QUESTION: list[dict[str, str]] = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -37,12 +37,12 @@ def _read_swift(values: Values) -> ParsedPair:
 
 def _read_swift_query(values: Values) -> ParsedPair:
     answers = text_of(values, "response"), text_of(values, "rejected_response")
-    return ParsedPair(PreferencePair(text_prompt(values, "query"), *answers))
+    return text_pair(text_prompt(values, "query"), *answers)
 
 
 def _read_argilla(values: Values) -> ParsedPair:
     answers = text_of(values, "chosen_response"), text_of(values, "rejected_response")
-    return ParsedPair(PreferencePair(text_prompt(values, "instruction"), *answers))
+    return text_pair(text_prompt(values, "instruction"), *answers)
 
 
 OPENAI = Layout(

@@ -6,8 +6,8 @@ from typing import Any
 
 from qlora_dpo.data.messages import check_texts_only
 from qlora_dpo.data.pair_formats import messages
-from qlora_dpo.data.pair_formats.hh_rlhf import DIALOGUE, holds_dialogues
-from qlora_dpo.data.pair_formats.layout import text_prompt
+from qlora_dpo.data.pair_formats.hh_rlhf import holds_dialogues
+from qlora_dpo.data.pair_formats.layout import text_pair, text_prompt
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair
 from qlora_dpo.data.values import Values, all_text, text_of
 
@@ -31,9 +31,7 @@ def parse(values: Values, names: ColumnNames) -> ParsedPair:
         return messages.parse(values, names)
     prompt = text_prompt(values, names.prompt)
     chosen, rejected = text_of(values, names.chosen), text_of(values, names.rejected)
-    if isinstance(prompt, str):
-        return ParsedPair(PreferencePair(prompt, chosen, rejected))
-    return ParsedPair(PreferencePair(prompt, chosen.strip(), rejected.strip()), (DIALOGUE,))
+    return text_pair(prompt, chosen, rejected)
 
 
 def write(pair: PreferencePair) -> dict[str, Any]:
