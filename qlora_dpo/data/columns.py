@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_dpo.data.messages import messages_of
 from qlora_dpo.data.preferences import Message, RowError
-from qlora_dpo.data.saved_text import object_of
+from qlora_dpo.data.saved_text import object_of, parsed_text, saved_messages
 from qlora_dpo.data.values import Values, clean_text, is_empty, kind
 
 JOINED = "the column {column} joined to the prompt, on a line of its own"
@@ -67,8 +67,13 @@ def history_of(column: str, value: object) -> list[Message]:
     Raises:
         RowError: when they are neither.
     """
-    if not isinstance(value, list):
+    turns = parsed_text(value) if isinstance(value, str) else value  # CSV knows only text
+    if not isinstance(turns, list) or not turns:
         raise RowError(column, f"must be a list of pairs of texts (it is {kind(value)})")
+    return _turns_of(column, turns)
+
+
+def _turns_of(column: str, value: list[Any]) -> list[Message]:
     if isinstance(value[0], dict):
         return messages_of(column, value)
     messages: list[Message] = []
@@ -119,6 +124,52 @@ def _add_history(column: str, value: object, content: Content) -> None:
     content.messages[place:place] = turns
 
 
+def _add_dialogue(column: str, value: object, content: Content) -> None:
+    """The dialogue as other formats have it: the prompt, with turns before it or not, and maybe the answer."""
+    if isinstance(value, str):
+        value = saved_messages(column, value) or value
+    if isinstance(value, str):
+        return _check_said(column, value, content)
+    if not isinstance(value, (list, dict)):
+        return None
+    asked, answers = _without_answers(content.messages)
+    turns, said = _without_answers(messages_of(column, value, may_end_empty=True))
+    system, turns = _without_system(turns)
+    own_system, own = _without_system(asked)
+    is_answered = bool(said and answers) and said != answers
+    if is_answered or (system and own_system and system != own_system) or turns[-len(own) :] != own:
+        if any(asked[start : start + len(turns)] == turns for start in range(len(asked))) and not is_answered:
+            return None
+        raise RowError(column, "holds other messages than the row says besides" + _way_out(column))
+    content.messages = [*(own_system or system), *turns, *answers]
+    return None
+
+
+def _without_answers(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The messages up to the last that is not the assistant's, and those behind it."""
+    place = len(messages)
+    while place and messages[place - 1]["role"] == "assistant":
+        place -= 1
+    return messages[:place], messages[place:]
+
+
+def _without_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    start = bool(messages) and messages[0]["role"] == "system"
+    return messages[:start], messages[start:]
+
+
+def _add_thought(column: str, value: object, content: Content) -> None:
+    """The thought before the one answer of an SFT row."""
+    thought, last = clean_text(column, value), content.messages[-1]
+    if last["role"] != "assistant":
+        raise RowError(column, "belongs to neither of the answers" + _way_out(column))
+    if thought.strip() in last["content"]:
+        return
+    if last.get("reasoning_content", thought) != thought:
+        raise RowError(column, "another thought than that of the answer" + _way_out(column))
+    content.messages[-1] = {**last, "reasoning_content": thought}
+
+
 def _check_said(column: str, value: object, content: Content) -> None:
     if not _is_said(clean_text(column, value), content):
         raise RowError(column, "holds a text that is not in the prompt" + _way_out(column))
@@ -142,9 +193,17 @@ def _add_tools(column: str, value: object, content: Content) -> None:
         object_of(f"{column}[{number}]", tool)
         for number, tool in enumerate(found if isinstance(found, list) else [found])
     ]
+    if not isinstance(value, str):  # Arrow writes all keys that any schema has, as null where one has it not
+        tools = [_without_nulls(tool) for tool in tools]
     if column == "functions":  # as the OpenAI API had them before it had tools
         tools = [{"type": "function", "function": tool} for tool in tools]
     content.tools += tuple(tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _add_template_arguments(column: str, value: object, content: Content) -> None:
@@ -161,6 +220,8 @@ def _way_out(column: str) -> str:
 
 # In this order: what is joined to the question comes before the turns before it, and the system prompt last.
 CONTENT: dict[str, Callable[[str, Any, Content], None]] = {
+    "messages": _add_dialogue,
+    "conversations": _add_dialogue,
     "instruction": _check_said,
     "input": _add_text,
     "context": _add_text,
@@ -168,6 +229,7 @@ CONTENT: dict[str, Callable[[str, Any, Content], None]] = {
     "system": _add_system,
     "system_prompt": _add_system,
     "system_message": _add_system,
+    "reasoning_content": _add_thought,
     "tools": _add_tools,
     "functions": _add_tools,
     "chat_template_kwargs": _add_template_arguments,

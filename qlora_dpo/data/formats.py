@@ -266,6 +266,7 @@ FORMATS: dict[str, Format] = {
     "pku-saferlhf": votes.PKU_SAFERLHF,
     "pku-saferlhf-safer": votes.PKU_SAFERLHF_SAFER,
     "arena": votes.ARENA,
+    "kaggle-arena": votes.KAGGLE_ARENA,
     "shp": votes.SHP,
     "webgpt": votes.WEBGPT,
     "summarize": votes.SUMMARIZE,

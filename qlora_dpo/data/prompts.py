@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_dpo.data.columns import add_content
 from qlora_dpo.data.messages import check_prompt, messages_of, with_saved_messages
 from qlora_dpo.data.pair_formats.layout import Prompt, text_prompt
-from qlora_dpo.data.preferences import PreferencePair, RowError
+from qlora_dpo.data.preferences import Message, PreferencePair, RowError
 from qlora_dpo.data.values import Values
 
 
@@ -27,11 +27,22 @@ def read_prompt(values: Values, column: str, read: Collection[str] = ()) -> Prom
     else:
         prompt = text_prompt(values, column)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    content = add_content(values, (column, *read), messages)  # type: ignore[arg-type]
+    others = ("reasoning_content", *_longer_dialogues(values, messages))  # type: ignore[arg-type]
+    content = add_content(values, (column, *read, *others), messages)  # type: ignore[arg-type]
     if content is None:
         return prompt
     _refuse_template_arguments(content.tools, content.chat_template_kwargs)
     return tuple(content.messages)
+
+
+def _longer_dialogues(values: Values, prompt: Sequence[Message]) -> Iterator[str]:
+    """The columns with a dialogue that the prompt begins; what was said after it is not asked again."""
+    for column in ("messages", "conversations"):
+        value = values.get(column)
+        if isinstance(value, list) and value:
+            messages = messages_of(column, value, may_end_empty=True)
+            if messages[: len(prompt)] == list(prompt):
+                yield column
 
 
 def prompt_of(pair: PreferencePair) -> Prompt:

@@ -90,6 +90,17 @@ SHP = {
     "score_B": 2,
     "labels": 1,
 }
+KAGGLE = {
+    "id": 1,
+    "model_a": "m",
+    "model_b": "n",
+    "prompt": '["q"]',
+    "response_a": '["x"]',
+    "response_b": '["y"]',
+    "winner_model_a": 1,
+    "winner_model_b": 0,
+    "winner_tie": 0,
+}
 WEBGPT = {
     "question": {"dataset": "eli5", "id": "1", "full_text": "q"},
     "quotes_0": {"title": [], "extract": []},
@@ -124,6 +135,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "helpsteer3": HELPSTEER3,
     "pku-saferlhf": PKU,
     "arena": ARENA,
+    "kaggle-arena": KAGGLE,
     "shp": SHP,
     "webgpt": WEBGPT,
     "summarize": SUMMARIZE,

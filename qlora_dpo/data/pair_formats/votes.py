@@ -9,7 +9,8 @@ from typing import Any
 from qlora_dpo.data.messages import check_prompt, messages_of
 from qlora_dpo.data.pair_formats.layout import Layout, Prompt, dialogue_of, message_pair, number_of, text_prompt
 from qlora_dpo.data.preferences import Message, NoPreferenceError, ParsedPair, PreferencePair, RowError
-from qlora_dpo.data.values import Values, clean_text, kind, shown, text_of, value_of
+from qlora_dpo.data.saved_text import parsed_text
+from qlora_dpo.data.values import Values, clean_text, is_empty, kind, shown, text_of, truth_of, value_of
 
 TIE = "a tie"
 NO_COMMON_PROMPT = "earlier answers that differ from those of conversation_a, so the last ones have no common prompt"
@@ -139,10 +140,47 @@ def _judged_turns(values: Values, column: str) -> list[Message]:
     """The messages up to the answer that was judged: the last, or that of the turn which the row names (MT-bench)."""
     messages = dialogue_of(column, value_of(values, column))
     turn = values.get("turn")
+    if is_empty(turn):
+        return messages
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: answers[turn - 1] + 1] if isinstance(turn, int) and 0 < turn <= len(answers) else messages
+    named = {str(number): place for number, place in enumerate(answers, 1)}
+    place = named.get(str(turn).strip().removesuffix(".0"))
+    if place is None:
+        raise RowError("turn", f"must be a number from 1 to {len(answers)} (it is {shown(turn)})")
+    return messages[: place + 1]
 
 
+def _read_kaggle(values: Values) -> ParsedPair:
+    """Arena votes as Kaggle's competitions have them: a text, or the JSON list of the texts of all turns, each."""
+    winners = [column for column in _KAGGLE_WINNERS if truth_of(value_of(values, column))]
+    if winners != [_KAGGLE_WINNERS[0]] and winners != [_KAGGLE_WINNERS[1]]:
+        if len(winners) > 1:
+            raise RowError(winners[1], f"there is more than one winner ({', '.join(winners)})")
+        raise NoPreferenceError("winner_tie", TIE)
+    better = _KAGGLE_WINNERS.index(winners[0])
+    asked, *both = (_texts_of_turns(column, value_of(values, column)) for column in _KAGGLE_TEXTS)
+    if any(len(texts) != len(asked) for texts in both):
+        raise RowError("prompt", "must have as many turns as response_a and response_b")
+    if both[0][:-1] != both[1][:-1]:
+        raise NoPreferenceError("response_b", NO_COMMON_PROMPT)
+    prompt: list[Message] = []
+    for question, answer in zip(asked, both[0], strict=True):
+        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    empty = next((message for message in prompt[:-1] if not message["content"].strip()), None)
+    if empty is not None:
+        raise RowError("prompt", f"an empty message of the {empty['role']}")
+    return ParsedPair(PreferencePair(tuple(prompt[:-1]), both[better][-1], both[1 - better][-1]))
+
+
+def _texts_of_turns(column: str, value: object) -> list[str]:
+    given = parsed_text(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = given if isinstance(given, list) else [value]
+    # an answer that was not given is null there
+    return [clean_text(f"{column}[{number}]", "" if turn is None else turn) for number, turn in enumerate(turns)]
+
+
+_KAGGLE_TEXTS = ("prompt", "response_a", "response_b")
+_KAGGLE_WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
 _ASKED: dict[str, Any] = {"prompt": "What is 2 + 3?"}
 _CONVERSATIONS = [
     [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": answer}] for answer in ("5", "6")
@@ -214,4 +252,18 @@ ARENA = Layout(
     ("conversation_a", "conversation_b", "winner"),
     _read_arena,
     also=("turn",),
+)
+KAGGLE_ARENA = Layout(
+    "prompt, response_a, response_b (a text, or the JSON list of the texts of all turns), winner_model_a, "
+    "winner_model_b, winner_tie (1 or 0)",
+    {
+        **_ASKED,
+        "response_a": "5",
+        "response_b": "6",
+        "winner_model_a": 1,
+        "winner_model_b": 0,
+        "winner_tie": 0,
+    },
+    (*_KAGGLE_TEXTS, *_KAGGLE_WINNERS),
+    _read_kaggle,
 )
