@@ -31,6 +31,16 @@ from benchmarks.processes import RESULTS, run, start_server  # noqa: E402
 
 DEMO = ROOT / "qlora_dpo" / "demo" / "base"
 SECONDS = 300  # of the clock, for one command
+PRELOAD = (
+    "cli",
+    "training.train",
+    "training.memory.plan",
+    "scoring.score",
+    "release.merging.merge",
+    "release.checking.check",
+    "release.adapter_export",
+    "release.gguf.export",
+)
 _MODEL = "--model_name_or_path base --dataset pairs.jsonl --eval_dataset held_out.jsonl --use_cpu"
 _TRAIN = "--output_dir run --lora_r 8 --gradient_accumulation_steps 4 --learning_rate 0.01 --lint off"
 
@@ -66,15 +76,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "families.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "models.md")
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if options.output.is_file() else {}
     start()
+    machine, rows = run(environment), {}
+    if set(options.families) != set(FAMILIES) and options.output.is_file():
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        rows = before["rows"]
+        if before["environment"] != machine:
+            parser.error(f"{options.output} is of other versions or another machine: leave --families out")
     for family in options.families:
         rows[family] = take_through(family, options.tokenizer)
         print(family, {name: cell["said"] or "yes" for name, cell in rows[family].items()}, flush=True)
-        results = {
-            "environment": run(environment),
-            "rows": {name: rows[name] for name in FAMILIES if name in rows},
-        }
+        results = {"environment": machine, "rows": {name: rows[name] for name in FAMILIES if name in rows}}
         options.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         options.table.write_text(table(results), encoding="utf-8")
 
@@ -83,18 +95,6 @@ def start() -> None:
     """The server that all processes are forked from; they inherit its variables and its one import of everything."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     start_server(("benchmarks.preload", *(f"qlora_dpo.{name}" for name in PRELOAD)))
-
-
-PRELOAD = (
-    "cli",
-    "training.train",
-    "training.memory.plan",
-    "scoring.score",
-    "release.merging.merge",
-    "release.checking.check",
-    "release.adapter_export",
-    "release.gguf.export",
-)
 
 
 def environment() -> dict[str, Any]:
@@ -136,7 +136,7 @@ def of_training(title: str, folder: Path) -> dict[str, float | None]:
     if title != "merge" or not report.is_file():
         return {}
     found = json.loads(report.read_text(encoding="utf-8"))
-    return {"off": next(one["kl_of_scale"] for one in found["candidates"] if one["name"] == found["chosen"])}
+    return {"kl_of_scale": next(one["kl_of_scale"] for one in found["candidates"] if one["name"] == found["chosen"])}
 
 
 def answer(code: int, text: str) -> tuple[str, str]:
@@ -205,8 +205,10 @@ def table(results: dict[str, Any]) -> str:
 
 def _cell(cell: dict[str, Any], family: str, notes: dict[str, int]) -> str:
     if cell["outcome"] == "yes":
-        off = f"{100 * cell['off']:.1f} %" if cell.get("off") is not None else "nothing to measure"
-        return f"yes, {off}" if "off" in cell else "yes"
+        if "kl_of_scale" not in cell:
+            return "yes"
+        share = cell["kl_of_scale"]
+        return "yes, too little to measure" if share is None else f"yes, {100 * share:.1f} %"
     if cell["outcome"] == "not asked":
         return "–"
     said = re.sub(rf"\b{family}\b", "FAMILY", cell["said"])
@@ -223,8 +225,8 @@ def _escaped(note: str) -> str:
 
 INTRODUCTION = """# Which models work
 
-A tiny model of each of {families} families, with random weights, goes through every command; {trained} of them train, \
-{whole} say yes to all. This file is written by a script:
+A tiny model of each of {families} families, with random weights, goes through every command. {trained} of them train; \
+{whole} pass every command, GGUF included. This file is written by a script:
 
 ```bash
 python benchmarks/families.py
@@ -243,7 +245,8 @@ python benchmarks/families.py
 | GGUF | `release gguf` of the merged folder |
 
 **yes**: the command ended with exit code 0 and what it should write is there. **no [n]**: it ended with sentence n \
-below the table. **–**: it needs something that an earlier command did not write.
+below the table. **crashes [n]**: a bug; sentence n is the last line of its traceback. **–**: it needs something \
+that an earlier command did not write.
 
 The table says that the code knows the family's layers: names, experts, tied heads, file layouts. It says nothing of \
 how well a real model of it learns, nor of the GPU path.
@@ -253,7 +256,7 @@ how well a real model of it learns, nor of the GPU path.
 {notes}
 
 Where a sentence says FAMILY or CLASS, the command says the name of the family or of its class in transformers. \
-A family that is not in the table has not been tried; `plan` says within seconds whether it can be trained.
+A family that is not in the table has not been tried.
 
 {machine}.
 """

@@ -96,7 +96,7 @@ FAMILIES: dict[str, Shape] = {
         },
     },
     "lfm2": {"head_dim": None, "layer_types": ["conv", "full_attention"]},
-    "mamba": {"head_dim": None, "state_size": 16},
+    "mamba": {"head_dim": None, "state_size": 16, "time_step_rank": 64},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4},
 }
 
