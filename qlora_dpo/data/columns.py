@@ -6,6 +6,7 @@ column becomes a part of it, or the row is refused; `--ignore_columns` leaves it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,6 +199,12 @@ def _add_tools(column: str, value: object, content: Content) -> None:
     if column == "functions":  # as the OpenAI API had them before it had tools
         tools = [{"type": "function", "function": tool} for tool in tools]
     content.tools += tuple(tools)
+
+
+def written_tools(tools: Collection[Any]) -> list[Any] | str:
+    """Tools as a row has them: the JSON text of them where nulls in a list would be read as Arrow's."""
+    found = list(tools)
+    return found if _without_nulls(found) == found else json.dumps(found, ensure_ascii=False)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
-from qlora_dpo.data.columns import add_content, category_of, without
+from qlora_dpo.data.columns import add_content, category_of, without, written_tools
 from qlora_dpo.data.conversations import CONVERSATION_FORMATS, ConversationColumns, fitting_formats
 from qlora_dpo.data.messages import is_silent, with_saved_messages
 from qlora_dpo.data.pair_formats import (
@@ -133,7 +133,7 @@ def write_row(name: str, pair: PreferencePair) -> dict[str, Any]:
         raise NoPlaceError("reference_logps", "log-probs of a reference", "reference_logps")
     row = WRITTEN[name].write(pair)
     if pair.tools:
-        row["tools"] = list(pair.tools)
+        row["tools"] = written_tools(pair.tools)
     if pair.chat_template_kwargs:
         row["chat_template_kwargs"] = dict(pair.chat_template_kwargs)
     if pair.category is not None and "meta" not in row:

@@ -17,9 +17,9 @@ NO_MESSAGES = "begins as messages that were saved as text, but neither JSON nor 
 _LONGEST = 1 << 20
 """Characters of a text that Python's parser gets; it takes hundreds of bytes for each."""
 # A list, a tuple or an array of objects; quotes around it, and backslashes within, where it was saved twice.
-_MAY_BE_MESSAGES = re.compile(r"""\s*["']?\s*(?:array\()?\s*[\[(]?\s*\{""")
+_MAY_BE_MESSAGES = re.compile(r"""\s*(?:["']\s*)?(?:array\(\s*)?(?:[\[(]\s*)?\{""")
 _SURELY_MESSAGES = re.compile(
-    r"""\s*["']?\s*(?:array\()?\s*[\[(]\s*\{\s*\\*["'](?:role|content|from|value)\\*["']\s*:"""
+    r"""\s*(?:["']\s*)?(?:array\(\s*)?[\[(]\s*\{\s*\\*["'](?:role|content|from|value)\\*["']\s*:"""
 )
 _SPEAKER = re.compile(r"""["'](?:role|from)\\*["']\s*:\s*\\*["']""")
 _SAID = re.compile(r"""["'](?:content|value|tool_calls)\\*["']\s*:""")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from test_columns import PLAIN, SYSTEM, TALK, TOOL, USER, conversation_of, pair_
 from test_formats import message
 
 from qlora_dpo.data.conversations import ConversationColumns, parse_conversation
-from qlora_dpo.data.formats import ColumnNames, detect_format, parse_row
-from qlora_dpo.data.preferences import NoPreferenceError
+from qlora_dpo.data.files.sources import open_source
+from qlora_dpo.data.files.writers import row_writer
+from qlora_dpo.data.formats import ColumnNames, all_columns, detect_format, parse_row, write_row
+from qlora_dpo.data.pair_reader import PairReader
+from qlora_dpo.data.preferences import NoPreferenceError, PreferencePair
 from qlora_dpo.data.prompts import read_prompt
 
 A = message("a")
@@ -66,10 +70,15 @@ def test_earlier_turns_are_read_from_text() -> None:
         assert pair_of({**PLAIN, "history": text}) == pair_of({**PLAIN, "history": [["a", "b"]]})
 
 
-def test_nulls_in_schemas_are_arrows_and_those_in_json_text_are_the_users() -> None:
+def test_nulls_in_schemas_are_arrows_and_those_in_json_text_are_the_users(tmp_path: Path) -> None:
     tool = {**TOOL, "function": {**TOOL["function"], "description": None, "strict": None}}  # type: ignore[dict-item]
     assert pair_of({**PLAIN, "tools": [tool]}).tools == (TOOL,)
-    assert pair_of({**PLAIN, "tools": json.dumps([tool])}).tools == (tool,)
+    pair = pair_of({**PLAIN, "tools": json.dumps([tool])})
+    assert pair.tools == (tool,) and pair_of(write_row("messages", pair)).tools == (tool,)
+    with row_writer(tmp_path / "pairs.parquet", all_columns("messages")) as add:
+        add(write_row("messages", pair))
+    (read,) = PairReader(open_source(str(tmp_path / "pairs.parquet")), "auto", ColumnNames())
+    assert isinstance(read, PreferencePair) and read.tools == (tool,)
 
 
 VOTE: dict[str, Any] = {"prompt": "q", "response_a": "a", "response_b": "b"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_columns import USER, conversation_of, pair_of, reason_of
 from test_formats import message
 
 from qlora_dpo.data.conversations import ConversationColumns, detect_conversation_format, parse_conversation
+from qlora_dpo.data.saved_text import is_written_messages, saved_messages, saved_parts
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 
@@ -166,3 +168,10 @@ def test_dialogues_in_prompts_of_sft_become_turns(question: str, answer: str) ->
     names = ConversationColumns()
     parsed = parse_conversation(detect_conversation_format(row, names), row, names, "f:1")
     assert parsed.repairs == ("a dialogue in the text of the prompt, read as its turns",)
+
+
+def test_texts_that_begin_with_much_space_take_no_time() -> None:
+    for text in (" " * 200_000 + "x", '[{"role' + "\\" * 200_000 + "x", '"' + " " * 200_000):
+        start = time.perf_counter()
+        assert saved_messages("prompt", text) is None and not is_written_messages(text) and not saved_parts(text)
+        assert time.perf_counter() - start < 1

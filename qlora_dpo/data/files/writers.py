@@ -95,7 +95,7 @@ def _parquet(file: IO[bytes], example: Mapping[str, Any]) -> Iterator[AddRow]:
     def add(row: dict[str, Any]) -> None:
         for column, value in row.items():
             _refuse_unknown_keys(column, value, example[column])
-        rows.append(row | {column: orjson.dumps(row[column]).decode() for column in free if column in row})
+        rows.append(row | {column: _json_text(row[column]) for column in free if column in row})
         if len(rows) == _PARQUET_ROWS:
             flush()
 
@@ -142,3 +142,7 @@ WRITERS: dict[str, Writer] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
+
+
+def _json_text(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
