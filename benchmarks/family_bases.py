@@ -47,6 +47,7 @@ FAMILIES: dict[str, Shape] = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "falcon": {"head_dim": None, "new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 1},
     "olmo2": {"head_dim": None},
+    "olmo3": {"head_dim": None, "sliding_window": 64},
     "granite": _GRANITE | {"head_dim": None},
     "cohere": {"head_dim": None, "tie_word_embeddings": True},
     "cohere2": {"tie_word_embeddings": True, "sliding_window": 64},
@@ -57,6 +58,8 @@ FAMILIES: dict[str, Shape] = {
     "exaone4": {"sliding_window": 64},
     "seed_oss": {},
     "ernie4_5": {},
+    "nemotron": {},
+    "hunyuan_v1_dense": {},
     "mixtral": _MOE | {"num_local_experts": 4},
     "qwen2_moe": _MOE
     | {
@@ -68,6 +71,19 @@ FAMILIES: dict[str, Shape] = {
     "qwen3_moe": _MOE | {"num_experts": 4, "moe_intermediate_size": 64},
     "olmoe": _MOE | {"num_experts": 4, "head_dim": None},
     "gpt_oss": _MOE | {"num_local_experts": 4, "sliding_window": 64},
+    "granitemoe": _MOE | {"num_local_experts": 4, "head_dim": None},
+    "llama4_text": _MOE | {"num_local_experts": 4, "intermediate_size_mlp": 128},
+    "qwen3_next": _MOE
+    | {
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "glm4_moe": _MOE | {"n_routed_experts": 4, "moe_intermediate_size": 64, "first_k_dense_replace": 1},
     "deepseek_v3": _MOE
     | {
