@@ -47,6 +47,9 @@ def read_answered(values: Values, question: str, answer: str, more: str | None =
     Raises:
         RowError: when one of them is empty, or neither.
     """
+    said = value_of(values, answer)
+    if is_empty(values.get(question)) and isinstance(said, list) and len(said) > 1:  # the whole dialogue
+        return messages_of(answer, said), ()
     if not isinstance(values.get(question), (list, dict)):
         prompt = text_prompt(values, question, more)
         messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
@@ -55,7 +58,6 @@ def read_answered(values: Values, question: str, answer: str, more: str | None =
         messages, is_dialogue = messages_of(question, values[question]), False
         if more and not is_empty(values.get(more)):
             raise RowError(more, f"has no place beside messages in {question}")
-    said = value_of(values, answer)
     if isinstance(said, (list, dict)):
         return [*messages, *messages_of(answer, said)], ()
     said = clean_text(answer, said)

@@ -31,7 +31,7 @@ from qlora_dpo.data.pair_formats import (
 from qlora_dpo.data.pair_formats.layout import Layout
 from qlora_dpo.data.preferences import ColumnNames, NoPlaceError, ParsedPair, PreferencePair, RowError
 from qlora_dpo.data.unclear import LABELS, RATINGS, unclear
-from qlora_dpo.data.values import Values, kind, shown
+from qlora_dpo.data.values import Values, is_empty, kind, shown
 from qlora_dpo.errors import UsageError
 
 __all__ = [
@@ -46,6 +46,9 @@ __all__ = [
     "parse_row",
     "write_row",
 ]
+
+
+_OTHER_QUESTIONS = ("question", "instruction", "messages", "conversations", "context")
 
 
 class Format(Protocol):
@@ -91,7 +94,7 @@ def parse_row(name: str, values: Values, names: ColumnNames, origin: str) -> Par
         RowError: when the row is no usable pair.
     """
     read = columns_read(name, names)
-    values = with_saved_messages(without(values, names.ignore_columns), read)
+    values = with_saved_messages(_without_empty_prompt(without(values, names.ignore_columns), names), read)
     parsed = FORMATS[name].parse(values, names)
     category, confidence = category_of(values, names.category), _confidence(values, names.confidence)
     repairs: dict[str, None] = dict.fromkeys(parsed.repairs)
@@ -113,6 +116,12 @@ def parse_row(name: str, values: Values, names: ColumnNames, origin: str) -> Par
     first = finished(parsed.pair, origin)
     further = tuple(finished(pair, f"{origin}#{number}") for number, pair in enumerate(parsed.more, 2))
     return ParsedPair(first, tuple(repairs), further)
+
+
+def _without_empty_prompt(values: Values, names: ColumnNames) -> Values:
+    """The row without a prompt that is nothing, where another format's question is something."""
+    is_nothing = names.prompt in values and is_empty(values[names.prompt])
+    return without(values, (names.prompt,)) if is_nothing and any(map(values.get, _OTHER_QUESTIONS)) else values
 
 
 def _check_answers(pair: PreferencePair, names: ColumnNames) -> None:
@@ -165,7 +174,8 @@ def detect_format(values: Values, names: ColumnNames | None = None) -> str:
         UsageError: when no format, or more than one, fits.
     """
     names = names or ColumnNames()
-    values = with_saved_messages(without(values, names.ignore_columns), values)
+    values = _without_empty_prompt(without(values, names.ignore_columns), names)
+    values = with_saved_messages(values, values)
     fitting = [name for name, form in FORMATS.items() if form.matches(values, names)]
     if len(fitting) == 1:
         return fitting[0]

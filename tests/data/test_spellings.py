@@ -124,6 +124,14 @@ def test_no_prompt_beside_whole_dialogues_is_none(nothing: Any) -> None:
     texts = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
     assert pair_of({"prompt": nothing or None, **texts}) == pair_of(texts)
     assert pair_of({"prompt": "", **texts}) == pair_of(texts)
+    assert list(conversation_of({"prompt": nothing, "completion": [USER, A]}).messages) == [USER, A]
+    for row in (
+        {"question": "q", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "chosen": "a", "rejected": "b"},
+        {"messages": [USER], "chosen": [A], "rejected": [B]},
+        {"conversations": [USER], "chosen": A, "rejected": B},
+    ):
+        assert pair_of({"prompt": nothing, **row}) == pair_of(row)
 
 
 DIALOGUE = "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:"
