@@ -123,8 +123,10 @@ def _rotates_halves(own: Rotate) -> bool:
 
 
 def _rotate(own: Rotate, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """query, key [B, H, T, D] by cos, sin [B, T, D]; anything else is the model's own affair."""
-    if args or kwargs or not query.shape[-1] == key.shape[-1] == cos.shape[-1] or cos.ndim != 3:
+    """query, key [B, H, T, D] by cos, sin [B, T, D] of their type; anything else is the model's own affair (OLMo 2
+    rotates in fp32)."""
+    is_plain = query.shape[-1] == key.shape[-1] == cos.shape[-1] and cos.ndim == 3 and cos.dtype == query.dtype
+    if args or kwargs or not is_plain:
         return own(query, key, cos, sin, *args, **kwargs)
     return _Rotate.apply(query, key, cos[:, None], sin[:, None])
 

@@ -124,3 +124,13 @@ def test_norm_on_the_card_is_the_modules_own(family: str) -> None:
     own, lean = _both(_norm_of(family, torch.bfloat16).cuda(), torch.randn(1, 500, 64, device="cuda").bfloat16())
     for ours, theirs in zip(lean, own, strict=True):
         assert (ours - theirs).float().norm() <= 1e-2 * theirs.float().norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen3", "gemma3_text"])
+def test_a_bf16_model_runs_with_the_rotation_of_its_own_type(family: str) -> None:
+    """OLMo 2 rotates in fp32 and goes back; attention takes no mixture of types."""
+    model = tiny_model(family, **SHARING.get(family, {})).to(torch.bfloat16)
+    ids = torch.arange(3, 13)[None]
+    plain = model(ids).logits
+    assert make_lean(with_lora(model, zero=True))[1] == 2
+    assert (model(ids).logits - plain).abs().max() < 0.1 * plain.abs().max()
