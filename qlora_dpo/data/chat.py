@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qlora_dpo.data.chat_context import NO_CONTEXT, RESERVED_ARGUMENTS, ChatContext, form_of, probes
 from qlora_dpo.data.completions import OPEN_THOUGHT, AnswerForm, Completion, closing_of, find_completion, holds
 from qlora_dpo.data.control_tokens import ControlTokenEncoder, uses_bos
 from qlora_dpo.data.preferences import Message, RowError
@@ -25,24 +25,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Message]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatContext:
-    """What a row gives the chat template besides messages."""
-
-    tools: Sequence[Mapping[str, Any]] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.tools or self.kwargs)
-
-
-NO_CONTEXT = ChatContext()
-# What decides how a template is applied, which no row may.
-_OWN_ARGUMENTS = frozenset(
-    """conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize padding
-    truncation max_length return_tensors return_dict return_assistant_tokens_mask sanitize_control_tokens
-    tokenizer_kwargs""".split()
-)
 FOLD = "; --system_prompt fold puts the system prompt before the first question"
 
 
@@ -118,7 +100,7 @@ class Chat:
         """
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        if taken := _OWN_ARGUMENTS & context.kwargs.keys():
+        if taken := RESERVED_ARGUMENTS & context.kwargs.keys():
             raise ValueError(f"chat_template_kwargs: {min(taken)} is no argument of a template")
         tools = protect_all(list(context.tools), self.encoder.protect) or None
         source = dated_template(self.tokenizer, tools is not None) or self.tokenizer.get_chat_template(tools=tools)
@@ -204,9 +186,9 @@ class Chat:
                 return RowError("prompt", f"the chat template does not write the {message['role']} message")
         if len(conversation) == 1 and not context:
             return None
-        form = _form_of(conversation, context)
+        form = form_of(conversation, context)
         if form not in self._left_out:
-            turns, tools, words = _probes(conversation, context)
+            turns, tools, words = probes(conversation, context)
             probed = self._render_one(turns, True, tools)
             missing = [] if isinstance(probed, Exception) else [what for what, word in words if word not in probed]
             self._left_out[form] = missing[0] if missing else None
@@ -264,44 +246,6 @@ class Chat:
         source = str(self.tokenizer.chat_template)
         form.tags = next((tags for tags in THOUGHT_TAGS if tags.close in source), None)
         return form
-
-
-def _form_of(conversation: Sequence[Message], context: ChatContext) -> tuple[Any, ...]:
-    """What decides which parts of a conversation a template writes."""
-    turns = tuple((turn["role"], bool(turn["content"]), len(turn.get("tool_calls", ()))) for turn in conversation)
-    return (*turns, len(context.tools), repr(context.kwargs))
-
-
-def _probes(
-    conversation: Sequence[Message], context: ChatContext
-) -> tuple[list[Message], ChatContext, list[tuple[str, str]]]:
-    """The conversation with made-up words in place of its texts, and (what a word stands for, the word)."""
-    words: list[tuple[str, str]] = []
-
-    def word(what: str) -> str:
-        words.append((what, f"probe{secrets.token_hex(8)}"))
-        return words[-1][1]
-
-    turns: list[Message] = []
-    for message in conversation:
-        turn: Message = {**message, "content": word(f"{message['role']} message") if message["content"] else ""}
-        if "tool_calls" in message:
-            turn["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {"name": word("call of a tool"), "arguments": {"a": word("call of a tool")}},
-                }
-                for _ in message["tool_calls"]
-            ]
-        turns.append(turn)
-    tools = tuple(
-        {
-            "type": "function",
-            "function": {"name": word("tools"), "description": "x", "parameters": {"type": "object", "properties": {}}},
-        }
-        for _ in context.tools
-    )
-    return turns, ChatContext(tools, context.kwargs), words
 
 
 def has_thought(answer: Message) -> bool:

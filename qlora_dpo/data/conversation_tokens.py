@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from qlora_dpo.data.chat import Chat, ChatContext
+from qlora_dpo.data.chat import Chat
+from qlora_dpo.data.chat_context import ChatContext
 from qlora_dpo.data.completions import Completion
 from qlora_dpo.data.conversations import Conversation
 from qlora_dpo.data.preferences import RefusedRow

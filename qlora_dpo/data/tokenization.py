@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_dpo.data.chat import FOLD, NO_CONTEXT, Chat, ChatContext, Prompt
+from qlora_dpo.data.chat import FOLD, Chat, Prompt
+from qlora_dpo.data.chat_context import NO_CONTEXT, ChatContext
 from qlora_dpo.data.completions import OTHERWISE, Completion
 from qlora_dpo.data.preferences import Message, PreferencePair, RefusedRow, RowError
 from qlora_dpo.errors import UsageError

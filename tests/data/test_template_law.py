@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from data.template_cases import CASES, OWN, Case, shared_templates, template, tokenizer_for
 
-from qlora_dpo.data.chat import Chat, ChatContext
+from qlora_dpo.data.chat import Chat
+from qlora_dpo.data.chat_context import ChatContext
 from qlora_dpo.data.control_tokens import control_tokens
 from qlora_dpo.data.conversation_tokens import ConversationTokenizer, TokenizedConversation
 from qlora_dpo.data.conversations import Conversation

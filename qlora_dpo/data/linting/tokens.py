@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dpo.data.chat import NO_CONTEXT, Chat, ChatContext
+from qlora_dpo.data.chat import Chat
+from qlora_dpo.data.chat_context import NO_CONTEXT, ChatContext
 from qlora_dpo.data.control_tokens import control_tokens, uses_bos
 from qlora_dpo.data.linting.findings import Rule
 from qlora_dpo.data.preferences import Message, PreferencePair
