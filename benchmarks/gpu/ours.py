@@ -172,7 +172,7 @@ class WholeHead(Head):
     """The head as one product with all logits in fp32."""
 
     def logps(self, hidden: Tensor, target_ids: Tensor, with_squares: bool) -> tuple[Tensor, Tensor | None]:
-        logits = F.linear(hidden, self._weight).float() * self.scale
+        logits = F.linear(hidden, self._weight(hidden)).float() * self.scale
         return logits.log_softmax(-1).gather(1, target_ids[:, None])[:, 0], None
 
 

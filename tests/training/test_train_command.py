@@ -66,7 +66,7 @@ def test_policy_starts_from_the_reference_adapter_and_the_reference_stays(
 def test_a_reference_of_another_base_is_refused_by_the_fingerprint_that_its_run_noted(
     sft_adapter: Path, model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = {"status": "finished", "run_id": "1", "content": {"model_name_or_path": "f" * 64}}
+    status = {"status": "finished", "run_id": "1", "content": {"model_name_or_path": "f" * 96}}
     (sft_adapter / "run.json").write_text(json.dumps(status))
     checkpoint = sft_adapter / "checkpoint-2"
     checkpoint.mkdir()
