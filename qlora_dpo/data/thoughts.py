@@ -64,8 +64,3 @@ def opened_thought(prompt: str) -> tuple[int, ThoughtTags] | None:
         if prompt.endswith(tags.open, 0, end):
             return end - len(tags.open), tags
     return None
-
-
-def ends_in_thought(text: str) -> bool:
-    """A thought is opened in a text and closed nowhere behind."""
-    return any(text.rfind(tags.open) > text.rfind(tags.close) for tags in THOUGHT_TAGS)

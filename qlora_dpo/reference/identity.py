@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qlora_dpo.environment import cache_folder
 from qlora_dpo.errors import StorageError
 from qlora_dpo.models.weight_files import model_folder, weight_files
 from qlora_dpo.reference.store import ModelIdentity
@@ -27,9 +28,9 @@ _WORTH_A_WORD = 4 * 2**30  # bytes whose hashing takes long enough to be told
 _THREADS = 4  # hashing releases the interpreter
 
 
-def cache_folder() -> Path:
+def reference_cache() -> Path:
     """Where stores lie by default, and the hashes of weights."""
-    return Path(os.environ.get("QLORA_DPO_CACHE") or "~/.cache/qlora_dpo").expanduser() / "reference"
+    return cache_folder() / "reference"
 
 
 def identity_of(content: Mapping[str, Any], words: Mapping[str, Any]) -> ModelIdentity:
@@ -126,14 +127,14 @@ def _stamp(file: Path) -> list[int]:
 def _known_hashes() -> dict[str, list[Any]]:
     """Stamp and hash by path; a damaged file of them is as good as none."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        read = json.loads((cache_folder() / "hashes.json").read_text(encoding="utf-8"))
+        read = json.loads((reference_cache() / "hashes.json").read_text(encoding="utf-8"))
         return {path: entry for path, entry in read.items() if isinstance(entry, list) and entry}
     return {}
 
 
 def _keep_hashes(known: Mapping[str, list[Any]]) -> None:
     """Remember what was hashed; without room for that it is hashed again next time."""
-    file = cache_folder() / "hashes.json"
+    file = reference_cache() / "hashes.json"
     staged = file.with_name(f".hashes.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from qlora_dpo.errors import ModelError, StorageError, UsageError
 from qlora_dpo.models.loading import commit_of, load_config
 from qlora_dpo.models.scoring import NOISE_MARGIN, TOLERANCE, Scorer
 from qlora_dpo.reference.drift import Drift, drift_between, refuse_drift
-from qlora_dpo.reference.identity import cache_folder, differences, local_identity
+from qlora_dpo.reference.identity import differences, local_identity, reference_cache
 from qlora_dpo.reference.local import (
     NoReference,
     Reference,
@@ -141,7 +141,7 @@ def identity_by_files(options: ModelOptions) -> ModelIdentity:
 
 def default_store(identity: ModelIdentity) -> Path:
     """Where the log-probs of a reference are kept unless another file is named."""
-    return cache_folder() / f"{identity.fingerprint[:16]}.sqlite"
+    return reference_cache() / f"{identity.fingerprint[:16]}.sqlite"
 
 
 def _open_store(config: TrainConfig, model: Any) -> tuple[ReferenceStore, ModelIdentity] | None:

@@ -141,7 +141,7 @@ def test_damaged_or_unwritable_list_of_hashes_costs_only_time(
     file.write_bytes(b"a")
     expected = hashes([file])
     for content in ("{", "[]", json.dumps({str(file): 3}), json.dumps({str(file): []})):
-        (identity.cache_folder() / "hashes.json").write_text(content)
+        (identity.reference_cache() / "hashes.json").write_text(content)
         assert hashes([file]) == expected
     (tmp_path / "no folder").write_text("")
     monkeypatch.setenv("QLORA_DPO_CACHE", str(tmp_path / "no folder"))
